@@ -1,0 +1,159 @@
+"""What the energies promise beyond the chapter's examples: every float16 value, no value read, no heavy import."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from weat_nb.energy import delta_energy, energy_weight, joint_energy, marginal_energy
+
+
+def batch(B=64, K=10, dtype=torch.float64, scale=5.0, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    z = scale * torch.randn(B, K, dtype=torch.float64, generator=rng)
+    return z.to(dtype), torch.randint(K, (B,), generator=rng)
+
+
+def weight_exact(energy: float) -> float:
+    "Eq. 7 through log(1 + e^a) = a + log(1 + e^-a), in Python floats"
+    return 1 / (abs(energy) + math.log1p(math.exp(-abs(energy))))
+
+
+def test_import_loads_torch_only():
+    code = (
+        "import sys, torch; known = set(sys.modules); import weat_nb.energy;"
+        "new = {m.split('.')[0] for m in set(sys.modules) - known};"
+        "sys.exit(f'also imported {sorted(new)}' if new - {'weat_nb', 'torch'} else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("K", [1, 2, 10, 1000])
+def test_cross_entropy_is_a_difference_of_energies(K):
+    z, y = batch(K=K)
+    ce = joint_energy(z, y) - marginal_energy(z)
+    torch.testing.assert_close(ce, F.cross_entropy(z, y, reduction="none"), rtol=0, atol=1e-12)
+    assert (ce >= -1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_half_precision_is_computed_in_float32(dtype):
+    z, y = batch(dtype=dtype)
+    want = torch.float64 if dtype == torch.float64 else torch.float32
+    e = energy_weight(z[:, 0]), joint_energy(z, y), marginal_energy(z), delta_energy(z, z), delta_energy(z, z, y)
+    assert [v.dtype for v in e] == [want] * 5
+    torch.testing.assert_close(marginal_energy(z), marginal_energy(z.double()).to(want), rtol=1e-6, atol=1e-6)
+
+
+def test_float16_sum_may_exceed_its_range():
+    z = torch.full((1, 10), 65504.0, dtype=torch.float16)  # the largest float16; adding log 10 to it needs float32
+    torch.testing.assert_close(marginal_energy(z), torch.tensor([-65504 - math.log(10)]))
+
+
+@pytest.mark.parametrize("energy", [0.0, 1e-300, 0.5, 3.8744, 11.4755, 19.9, 20.1, 39.9, 40.1, 88.8, 745.2, 1e6, 1e300])
+def test_weight_equals_the_formula_in_float64(energy):
+    for e in (energy, -energy):
+        assert energy_weight(torch.tensor([e], dtype=torch.float64)).item() == pytest.approx(weight_exact(e), rel=1e-15)
+
+
+def test_weight_of_every_finite_float16():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    every = every[every.isfinite()]
+    assert len(every) == 2 * 31 * 1024
+    energy = every.clone().requires_grad_()
+    w = energy_weight(energy)
+    exact = torch.tensor([weight_exact(e) for e in every.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(w.detach().double(), exact, rtol=1e-6, atol=0)
+    (grad,) = torch.autograd.grad(w.sum(), energy)
+    assert grad.isfinite().all()
+    assert w.argmax().item() in (every == 0).nonzero() and w.max().item() == pytest.approx(1 / math.log(2))
+
+
+def test_weight_falls_away_from_zero_on_both_sides():
+    e = torch.linspace(0, 200, 4001, dtype=torch.float64)
+    assert (energy_weight(e).diff() < 0).all()
+    assert torch.equal(energy_weight(e), energy_weight(-e))
+
+
+@pytest.mark.parametrize("size", [1e4, 1e30])
+def test_extreme_logits_have_finite_energies_and_gradients(size):
+    z = (size * torch.tensor([[1.0, -1.0, 0.0], [-1.0, -1.0, -1.0]])).requires_grad_()
+    e = marginal_energy(z)
+    out = e.sum() + joint_energy(z, torch.tensor([1, 2])).sum() + energy_weight(e).sum()
+    (grad,) = torch.autograd.grad(out, z)
+    assert e.isfinite().all() and grad.isfinite().all()
+
+
+def test_gradients():
+    z, y = batch(B=4, K=3)
+    z_adv = z + 1
+    z.requires_grad_(), z_adv.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a: joint_energy(a, y), z)
+    assert torch.autograd.gradcheck(lambda a: energy_weight(marginal_energy(a)), z)
+    assert torch.autograd.gradcheck(delta_energy, (z, z_adv))
+
+
+def test_delta_is_natural_minus_adversarial():
+    natural, adversarial = torch.tensor([[0.0, 0.0]]), torch.tensor([[5.0, 5.0]])  # adversarial has the lower energy
+    assert delta_energy(natural, adversarial).item() == pytest.approx(5)
+    assert delta_energy(natural, adversarial, torch.tensor([1])).item() == 5
+
+
+def test_no_value_is_read():
+    "Meta tensors have no values, so whatever would make a GPU wait for the host fails here"
+    z = torch.empty(8, 10, device="meta")
+    y = torch.empty(8, dtype=torch.int64, device="meta")
+    for result in (joint_energy(z, y), energy_weight(marginal_energy(z)), delta_energy(z, z), delta_energy(z, z, y)):
+        assert result.shape == (8,) and result.device.type == "meta"
+    with pytest.raises(ValueError, match=r"use y.to\(logits.device\)"):
+        joint_energy(z, torch.zeros(8, dtype=torch.int64))
+
+
+def test_compiles_without_a_graph_break():
+    z, y = batch(dtype=torch.float32)
+
+    def weighted(z, y):
+        return joint_energy(z, y) * energy_weight(marginal_energy(z))
+
+    compiled = torch.compile(weighted, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(z, y), weighted(z, y))
+
+
+def test_empty_batch_and_strided_logits():
+    assert joint_energy(torch.zeros(0, 10), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    assert energy_weight(marginal_energy(torch.zeros(0, 10))).shape == (0,)
+    z, y = batch()
+    torch.testing.assert_close(marginal_energy(z.T.contiguous().T), marginal_energy(z))
+    assert torch.equal(joint_energy(z.T.contiguous().T, y), joint_energy(z, y))
+
+
+Z, Y = batch(B=2, K=3)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: marginal_energy(Z[0]), ValueError, r"given \(3,\); for a single image use logits\[None\]"),
+        (lambda: marginal_energy(Z[None]), ValueError, r"logits must have shape \(B, K\).*given \(1, 2, 3\)"),
+        (lambda: marginal_energy(Z[:, :0]), ValueError, r"given \(2, 0\)"),
+        (lambda: marginal_energy(Z.long()), TypeError, "logits must be a floating-point tensor.*torch.int64"),
+        (lambda: marginal_energy(Z.tolist()), TypeError, "given list"),
+        (lambda: joint_energy(Z, Y.int()), TypeError, r"int64.*given torch.int32; use y.long\(\)"),
+        (lambda: joint_energy(Z, 1), TypeError, "given int"),
+        (lambda: joint_energy(Z, Y[:1]), ValueError, r"y must have shape \(2,\).*given \(1,\)"),
+        (lambda: joint_energy(Z, Y + 3), ValueError, r"y must lie in 0..2 for 3 classes"),
+        (lambda: joint_energy(Z, Y - 100), ValueError, "it spans -"),
+        (lambda: delta_energy(Z, Z.long()), TypeError, "logits_adv must be a floating-point tensor"),
+        (lambda: delta_energy(Z, Z[:1]), ValueError, r"logits \(2, 3\) and logits_adv \(1, 3\)"),
+        (lambda: energy_weight(Z), ValueError, "for logits use"),
+        (lambda: energy_weight(Y), TypeError, "energy must be a floating-point tensor"),
+        (lambda: energy_weight(-3.0), TypeError, "given float"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,159 @@
+"Training: resume, refusals and the data of a run"
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import weat_nb.train as train
+from weat_nb.checkpoints import load_checkpoint
+from weat_nb.data import load_dataset
+from weat_nb.losses import OBJECTIVES
+from weat_nb.models import create_model
+from weat_nb.train import NonFiniteError, TrainConfig, fit, training_data
+
+TINY = dict(num_train=256, num_val=50, attack_steps=2, device='cpu')
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Small nets gain nothing from two threads, and two test processes on two cores lose much"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize('objective', OBJECTIVES)
+def test_every_objective_trains(objective, tmp_path):
+    result = fit(TrainConfig(objective=objective, epochs=1, **TINY), tmp_path/'run')
+    assert {'state.safetensors', 'best.safetensors', 'last.safetensors', 'config.json', 'metrics.jsonl', 'timing.jsonl'} <= {p.name for p in (tmp_path/'run').iterdir()}
+    assert np.isfinite(list(result.history[0].values())).all()
+
+
+def test_same_seed_same_weights(tmp_path):
+    runs = [fit(TrainConfig(epochs=1, seed=seed, **TINY), tmp_path/str(i)) for i, seed in enumerate((3, 3, 4))]
+    same, again, other = [torch.cat([p.flatten() for p in r.model.parameters()]) for r in runs]
+    assert torch.equal(same, again) and not torch.equal(same, other)
+    assert (tmp_path/'0/metrics.jsonl').read_bytes() == (tmp_path/'1/metrics.jsonl').read_bytes()
+    assert (tmp_path/'0/metrics.jsonl').read_bytes() != (tmp_path/'2/metrics.jsonl').read_bytes()
+
+
+def test_killed_in_any_epoch(tmp_path):
+    "SIGKILL in epochs 1, 2 and 3; what goes on ends as the run that was never killed"
+    script = f"""import torch; torch.set_num_threads(1)
+from weat_nb.train import TrainConfig, fit
+fit(TrainConfig(epochs=4, **{TINY!r}), {str(tmp_path/'killed')!r})"""
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    metrics = tmp_path/'killed/metrics.jsonl'
+    for done in range(3):
+        process = subprocess.Popen([sys.executable, '-c', script], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not ((tmp_path/'killed/config.json').exists() and len(train.read_lines(metrics)) == done):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(.01)
+        time.sleep(.1) # into the epoch
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path/'killed/last.safetensors').exists()
+    config = TrainConfig(epochs=4, **TINY)
+    resumed, whole = fit(config, tmp_path/'killed'), fit(config, tmp_path/'whole')
+    assert resumed.history == whole.history and resumed.best_epoch == whole.best_epoch
+    for name in ('best', 'last'):
+        a, b = (load_checkpoint(tmp_path/run/f'{name}.safetensors')[0].state_dict() for run in ('killed', 'whole'))
+        assert all(torch.equal(a[k], b[k]) for k in b)
+    assert metrics.read_bytes() == (tmp_path/'whole/metrics.jsonl').read_bytes()
+
+
+def test_stopped_between_state_and_metrics(tmp_path, monkeypatch):
+    "The state decides; metrics.jsonl is derived from it"
+    config = TrainConfig(epochs=2, **TINY)
+    whole = fit(config, tmp_path/'whole')
+
+    def fail(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'write_lines', fail)
+        with pytest.raises(KeyboardInterrupt): fit(config, tmp_path/'run')
+    assert not (tmp_path/'run/metrics.jsonl').exists()
+    assert fit(config, tmp_path/'run').history == whole.history
+    assert (tmp_path/'run/metrics.jsonl').read_bytes() == (tmp_path/'whole/metrics.jsonl').read_bytes()
+
+
+def test_finished_run_is_read_not_repeated(tmp_path, monkeypatch):
+    config = TrainConfig(epochs=1, **TINY)
+    first = fit(config, tmp_path)
+    monkeypatch.setattr(train.TrainStep, '__call__', lambda *a, **k: pytest.fail('trained again'))
+    assert fit(config, tmp_path).history == first.history
+    with pytest.raises(FileExistsError, match='already holds a run'): fit(config, tmp_path, resume=False)
+    with pytest.raises(ValueError, match='beta is 6.0 there and 7.0 here'): fit(TrainConfig(epochs=1, beta=7, **TINY), tmp_path)
+
+
+def test_not_finite_stops_and_keeps_the_last_state(tmp_path, monkeypatch):
+    config, real = TrainConfig(epochs=2, **TINY), train.TrainStep.__call__
+    calls = []
+
+    def poisoned(self, *args, **options):
+        loss = real(self, *args, **options)
+        calls.append(1)
+        if len(calls) == 4: next(self.model.parameters()).grad[0] = float('nan')
+        return loss
+    with monkeypatch.context() as patch:
+        patch.setattr(train.TrainStep, '__call__', poisoned)
+        with pytest.raises(NonFiniteError, match=r'epoch 2, update 2 of 2.*gradient of conv1.weight'): fit(config, tmp_path/'run')
+    assert len(train.read_lines(tmp_path/'run/metrics.jsonl')) == 1
+    assert fit(config, tmp_path/'run').history == fit(config, tmp_path/'whole').history
+
+
+def test_divergence_says_where(tmp_path):
+    with pytest.raises(NonFiniteError, match='epoch 1, update 2 of 2.*lower lr'):
+        fit(TrainConfig(epochs=1, lr=1e30, **TINY), tmp_path)
+
+
+def synthesised(path, n=300, size=28, classes=10):
+    g = np.random.default_rng(0)
+    np.savez(path, image=g.integers(0, 256, (n, size, size, 1), dtype=np.uint8), label=np.arange(n) % classes)
+    return str(path)
+
+
+def test_synthesised_images_select_and_train(tmp_path):
+    file = synthesised(tmp_path/'aux.npz')
+    full = len(load_dataset('fashion_mini', 'train'))
+    images, held_out, aux = training_data(TrainConfig(aux_data=file, num_val=100))
+    assert (len(images), len(held_out), aux) == (full, 100, None)
+    config = TrainConfig(aux_data=file, aux_fraction=.5, epochs=1, **TINY)
+    images, held_out, aux = training_data(config)
+    assert (len(images), len(held_out), len(aux)) == (256, 50, 250)
+    x, y = next(train.epoch_batches(images, aux, config, torch.Generator().manual_seed(0)))
+    assert len(x) == len(y) == config.batch_size
+    assert len(train.fit(config, tmp_path/'run').history) == 1
+    with pytest.raises(ValueError, match='holds images of shape'): training_data(TrainConfig(aux_data=synthesised(tmp_path/'big.npz', size=32)))
+    with pytest.raises(ValueError): training_data(TrainConfig(aux_data=synthesised(tmp_path/'more.npz', classes=11)))
+    with pytest.raises(ValueError, match='aux_fraction'): TrainConfig(aux_fraction=.5)
+
+
+def test_wrong_data_leaves_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError): fit(TrainConfig(aux_data=str(tmp_path/'none.npz')), tmp_path/'run')
+    assert not (tmp_path/'run').exists()
+
+
+def test_checkpoint_of_another_architecture(tmp_path):
+    fit(TrainConfig(epochs=1, **TINY), tmp_path)
+    with pytest.raises(ValueError, match='resnet8.*resnet20'): load_checkpoint(tmp_path/'best.safetensors', create_model('resnet20', 10, 1, 28))
+
+
+def test_config_file_has_the_parameters_names(tmp_path):
+    config = TrainConfig(epochs=1, **TINY)
+    fit(config, tmp_path)
+    assert json.loads((tmp_path/'config.json').read_text()) == config.identity()
+
+
+@pytest.mark.skipif('WEAT_DATA' not in os.environ, reason='needs the real CIFAR-10 in $WEAT_DATA')
+def test_real_cifar10(tmp_path):
+    "A few updates on real images: train, checkpoint, resume, measure"
+    result = fit(TrainConfig(dataset='cifar10', arch='resnet8', epochs=2, num_train=512, num_val=100, device='cpu'), tmp_path)
+    assert result.history[1]['updates'] == 8 and 0 <= result.history[1]['pgd'] <= result.history[1]['clean'] <= 100
