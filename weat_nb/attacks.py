@@ -95,7 +95,7 @@ def dlr_loss(
         scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2
     return (other - z_y) / scale.clamp(min=1e-12)
 
-# %% ../nbs/02_attacks.ipynb #12164d16
+# %% ../nbs/02_attacks.ipynb #2a30ca56
 def ascent_loss(
     loss:str, # "ce", "kl" or "dlr"
     y:Tensor|None = None, # (B,) labels; read by ce and dlr
@@ -104,11 +104,13 @@ def ascent_loss(
 )->Callable[[Tensor], Tensor]: # maps the logits (B, K) at x* to the value (B,) that the attack maximises
     "The loss of the inner maximisation, as a function of the logits at $x^\\star$"
     if loss == "kl":
+        if clean_logits is None: raise ValueError("loss='kl' needs clean_logits, the logits at the natural images")
         log_p = _log_softmax(clean_logits.detach())
         return lambda z: F.kl_div(_log_softmax(z), log_p, reduction="none", log_target=True).sum(dim=1)
+    if target is not None and loss == "ce": return lambda z: -F.nll_loss(_log_softmax(z), target, reduction="none")
+    if y is None: raise ValueError(f"loss={loss!r} needs the labels y")
     if loss == "dlr": return lambda z: dlr_loss(z, y, target)
-    if target is None: return lambda z: F.nll_loss(_log_softmax(z), y, reduction="none")
-    return lambda z: -F.nll_loss(_log_softmax(z), target, reduction="none")
+    return lambda z: F.nll_loss(_log_softmax(z), y, reduction="none")
 
 # %% ../nbs/02_attacks.ipynb #fc25e95e
 @contextmanager
@@ -147,7 +149,7 @@ def pgd_loop(
         values.append(value.detach()[None])
     return x_adv.detach(), torch.cat(values)
 
-# %% ../nbs/02_attacks.ipynb #f1a93896
+# %% ../nbs/02_attacks.ipynb #d21c9f82
 _LOSSES, _NORMS, _STARTS = ("ce", "kl", "dlr"), ("linf", "l2"), ("uniform", "gaussian", "none")
 
 def _check_name(what:str, name:object, allowed:tuple[str, ...])->None:
@@ -217,9 +219,11 @@ def _check_logits(logits:object, x:Tensor, largest:int)->Tensor:
         raise ValueError(f"logits must have shape ({len(x)}, number of classes), given {given}")
     if largest >= logits.shape[1]:
         raise ValueError(f"label {largest} is out of range: the model has the classes 0 to {logits.shape[1] - 1}")
+    if torch.is_grad_enabled() and not logits.requires_grad:
+        raise ValueError("the model's logits carry no gradient to the images; does it run under no_grad or detach?")
     return logits
 
-# %% ../nbs/02_attacks.ipynb #cff331f8
+# %% ../nbs/02_attacks.ipynb #894d7736
 def pgd(
     model:Callable[[Tensor], Tensor], # logits (B, K) of images; an nn.Module is put into evaluation mode and back
     x:Tensor, # (B, C, H, W) natural images in [0, 1], float32 or float64
@@ -245,9 +249,8 @@ def pgd(
     largest = max((_check_labels(name, t, x) for name, t in labels.items()), default=-1)
     if loss == "kl" and target is not None:
         raise ValueError("loss='kl' has no targeted form, it knows no labels; use loss='ce' or 'dlr' with a target")
-    if y is None and (loss == "dlr" or loss == "ce" and target is None):
-        raise ValueError(f"loss={loss!r} needs the labels y")
-    if loss == "dlr" and target is not None and (y == target).any():
+    if loss == "dlr" and y is None or loss == "ce" and not labels: raise ValueError(f"loss={loss!r} needs the labels y")
+    if loss == "dlr" and target is not None and (target == labels["y"]).any():
         raise ValueError("target equals y for some images, where the targeted dlr loss is constant; pick other classes")
 
     def logits_of(z:Tensor)->Tensor: return _check_logits(model(z), x, largest)

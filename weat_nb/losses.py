@@ -97,7 +97,7 @@ def trades_loss(
     z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
     return _reduce(_cross_entropy(z, y) + beta * kl_divergence(z, z_adv), reduction)
 
-# %% ../nbs/03_losses.ipynb #2ff07bde
+# %% ../nbs/03_losses.ipynb #2b29a64a
 def mart_loss(
     logits:Tensor, # (B, K) logits at x
     logits_adv:Tensor, # (B, K) logits at x*
@@ -112,12 +112,12 @@ def mart_loss(
     label = y[:, None]
     log_p_adv = F.log_softmax(z_adv, dim=1)
     strongest = log_p_adv.scatter(1, label, -math.inf).argmax(dim=1, keepdim=True)
-    log_rest = log_p_adv.scatter(1, strongest, -math.inf).logsumexp(dim=1) # log(1 - p*_k) for the strongest wrong class k
+    log_rest = log_p_adv.scatter(1, strongest, -math.inf).logsumexp(dim=1) # log(1 - p*_k), k the strongest wrong class
     boosted = -log_p_adv.gather(1, label).squeeze(1) - log_rest
     doubt = -torch.expm1(F.log_softmax(z, dim=1).gather(1, label).squeeze(1)) # 1 - p_y
     return _reduce(boosted + beta * doubt * kl_divergence(z, z_adv), reduction)
 
-# %% ../nbs/03_losses.ipynb #0aa1c91d
+# %% ../nbs/03_losses.ipynb #a3ee1df0
 def probabilistic_margin(
     logits:Tensor, # (B, K) class scores
     y:Tensor, # (B,) int64 labels
@@ -139,14 +139,14 @@ def mail_trades_loss(
     weighted:bool = True, # False during the burn-in: every weight is 1
     reduction:str = "mean", # "mean", "sum" or "none"
 )->Tensor: # a number, or (B,)
-    r"MAIL-TRADES (Wang, Liu et al. 2021): $-\log p_y + \beta\,w\,\mathrm{KL}(p \,\Vert\, p^\star)$, $w$ from the margin at $x^\star$"
+    r"MAIL-TRADES (Wang, Liu et al. 2021): $-\log p_y + \beta w\,\mathrm{KL}(p \Vert p^\star)$, $w$ from the margin"
     if not weighted: return trades_loss(logits, logits_adv, y, beta=beta, reduction=reduction)
     _check_beta(beta)
     z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
     weight = scale * torch.sigmoid(slope * (probabilistic_margin(z_adv.detach(), y) + bias))
     return _reduce(_cross_entropy(z, y) + beta * weight * kl_divergence(z, z_adv), reduction)
 
-# %% ../nbs/03_losses.ipynb #3b84bb76
+# %% ../nbs/03_losses.ipynb #39a2979d
 def weat_loss(
     logits:Tensor, # (B, K) logits at x
     logits_adv:Tensor, # (B, K) logits at x*
@@ -156,7 +156,7 @@ def weat_loss(
     variant:str = "adv", # where the cross-entropy is taken: "adv" at x*, "nat" at x
     reduction:str = "mean", # "mean", "sum" or "none"
 )->Tensor: # a number, or (B,)
-    r"WEAT (Algorithm 1): $w\,\mathcal{L}_{\mathrm{CE}} + \beta\,w\,\mathrm{KL}(p \,\Vert\, p^\star)$ with $w = 1/\log(1 + \exp|E_\theta(x)|)$"
+    r"WEAT (Algorithm 1): $w\,\mathcal{L}_{CE} + \beta w\,\mathrm{KL}(p \Vert p^\star)$, $w = 1/\log(1 + \exp|E(x)|)$"
     _check_beta(beta)
     if variant not in ("adv", "nat"): raise ValueError(f"variant={variant!r} is not one of adv, nat")
     z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
@@ -164,7 +164,7 @@ def weat_loss(
     classify = _cross_entropy(z_adv if variant == "adv" else z, y)
     return _reduce(weight * classify + beta * weight * kl_divergence(z, z_adv), reduction)
 
-# %% ../nbs/03_losses.ipynb #9abcb5e1
+# %% ../nbs/03_losses.ipynb #52b83998
 @dataclass(frozen=True)
 class Objective:
     "A training method: the attack inside it and the loss outside it"
@@ -191,12 +191,12 @@ class Objective:
     )->Tensor: # a number, or (B,)
         "The outer loss, called alike for every row"
         if self.beta is None and beta is not None:
-            raise ValueError(f"beta={beta!r} was given, but {self.name} has no divergence term to weigh; leave beta None")
+            raise ValueError(f"beta={beta!r} was given, but {self.name} has no divergence term; leave beta None")
         options = {} if self.beta is None else dict(beta=self.beta if beta is None else beta)
         if self.burn_in: options["weighted"] = weighted
         return self.function(logits, logits_adv, y, reduction=reduction, **options)
 
-# %% ../nbs/03_losses.ipynb #6925647b
+# %% ../nbs/03_losses.ipynb #3786fab0
 OBJECTIVES:dict[str, Objective] = {o.name: o for o in (
     Objective("standard", None, None, None, True, False, False,
               "CE(x)", "1", "natural training", standard_loss),
@@ -207,8 +207,8 @@ OBJECTIVES:dict[str, Objective] = {o.name: o for o in (
     Objective("mart", "ce", "gaussian", 5., True, True, False,
               "BCE(x*) + β w KL(p ‖ p*)", "w = 1 − p(y | x), in the graph", "Wang et al., ICLR 2020", mart_loss),
     Objective("mail_trades", "kl", "gaussian", 5., True, True, True,
-              "CE(x) + β w KL(p ‖ p*)", "w = 3 σ(2 PM(x*)), detached; 1 before epoch 75", "Wang, Liu et al., NeurIPS 2021",
-              mail_trades_loss),
+              "CE(x) + β w KL(p ‖ p*)", "w = 3 σ(2 PM(x*)), detached; 1 before epoch 75",
+              "Wang, Liu et al., NeurIPS 2021", mail_trades_loss),
     Objective("weat_nat", "kl", "gaussian", 6., True, True, False,
               "w CE(x) + β w KL(p ‖ p*)", "w = 1/log(1 + exp |E(x)|), detached", "Mirza et al., ECCV 2024",
               partial(weat_loss, variant="nat")),

@@ -1,0 +1,178 @@
+"What guards weat_nb.losses beyond the chapter: naive formulas for many class counts, gradients, types, the table."
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from weat_nb.attacks import pgd
+from weat_nb.losses import (OBJECTIVES, get_objective, kl_divergence, mail_trades_loss, mart_loss, probabilistic_margin,
+                            sat_loss, trades_loss, weat_loss)
+
+def logits(k, m=32, seed=0, scale=2.):
+    gen = torch.Generator().manual_seed(seed)
+    z, z_adv = (scale * torch.randn(2, m, k, dtype=torch.float64, generator=gen)).unbind()
+    return z, z_adv, torch.randint(k, (m,), generator=gen)
+
+def naive(name, z, z_adv, y, beta):
+    "Each loss as the papers print it: softmax, quotients, no log space"
+    rows = range(len(y))
+    p, q = z.softmax(1), z_adv.softmax(1)
+    kl = (p * (p / q).log()).sum(1)
+    ce, ce_adv = -p[rows, y].log(), -q[rows, y].log()
+    wrong = q.masked_fill(nn.functional.one_hot(y, z.shape[1]).bool(), 0).amax(1)
+    w = (1 / torch.log(1 + torch.exp((-z.exp().sum(1).log()).abs()))).detach()
+    margin = (wrong - q[rows, y]).detach()
+    return {
+        "standard": lambda: ce,
+        "sat": lambda: ce_adv,
+        "trades": lambda: ce + beta * kl,
+        "mart": lambda: ce_adv - (1 - wrong).log() + beta * kl * (1 - p[rows, y]),
+        "mail_trades": lambda: ce + beta * kl * 3 / (1 + torch.exp(-2 * margin)),
+        "weat_nat": lambda: ce * w + beta * kl * w,
+        "weat_adv": lambda: ce_adv * w + beta * kl * w,
+    }[name]()
+
+def call(name, z, z_adv, y, **options):
+    return OBJECTIVES[name].loss(z, z_adv, y, **options)
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("k", [2, 3, 10, 100])
+def test_values_and_gradients_equal_the_naive_formula(name, k):
+    z, z_adv, y = logits(k, seed=k)
+    beta = OBJECTIVES[name].beta
+    z, z_adv = z.requires_grad_(), z_adv.requires_grad_()
+    ours, theirs = call(name, z, z_adv, y, reduction="none"), naive(name, z, z_adv, y, beta)
+    assert ours.shape == y.shape and torch.allclose(ours, theirs, rtol=0, atol=1e-10)
+    grads = [torch.autograd.grad(v.mean(), (z, z_adv), allow_unused=True) for v in (ours, theirs)]
+    for a, b in zip(*grads):
+        assert (a is None) == (b is None)
+        if a is not None: assert torch.allclose(a, b, rtol=0, atol=1e-10)
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_reductions(name):
+    z, z_adv, y = logits(5)
+    each = call(name, z, z_adv, y, reduction="none")
+    assert torch.allclose(call(name, z, z_adv, y), each.mean(), atol=1e-12)
+    assert torch.allclose(call(name, z, z_adv, y, reduction="sum"), each.sum(), atol=1e-12)
+    with pytest.raises(ValueError, match="mean, sum, none"): call(name, z, z_adv, y, reduction="avg")
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_huge_logits_stay_finite(name, dtype, size):
+    corners = torch.cartesian_prod(*[torch.tensor([-size, 0, size], dtype=dtype)] * 3)
+    z = corners.repeat_interleave(27, 0).requires_grad_()
+    z_adv = corners.repeat(27, 1).requires_grad_()
+    for label in range(3):
+        y = torch.full((len(z),), label)
+        values = call(name, z, z_adv, y, reduction="none")
+        grads = [g for g in torch.autograd.grad(values.sum(), (z, z_adv), allow_unused=True) if g is not None]
+        assert grads and all(t.isfinite().all() for t in (values, *grads))
+        assert (values >= -1e-3).all()
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(name, dtype):
+    z, z_adv, y = logits(10)
+    z, z_adv = z.to(dtype), z_adv.to(dtype)
+    expected = call(name, z.float(), z_adv.float(), y)
+    assert expected.dtype == torch.float32 and torch.equal(call(name, z, z_adv, y), expected)
+    with torch.autocast("cpu", torch.bfloat16): assert torch.equal(call(name, z, z_adv, y), expected)
+
+def test_float64_stays_float64():
+    z, z_adv, y = logits(10)
+    assert all(call(name, z, z_adv, y).dtype == torch.float64 for name in OBJECTIVES)
+
+def test_kl_is_a_divergence():
+    z, z_adv, _ = logits(10)
+    assert torch.equal(kl_divergence(z, z), torch.zeros(len(z), dtype=z.dtype))
+    assert (kl_divergence(z, z_adv) > 0).all()
+    assert torch.allclose(kl_divergence(z + 5, z_adv - 3), kl_divergence(z, z_adv))
+
+def test_identities():
+    z, z_adv, y = logits(10)
+    assert torch.equal(mail_trades_loss(z, z_adv, y, beta=3., weighted=False), trades_loss(z, z_adv, y, beta=3.))
+    assert torch.equal(call("mail_trades", z, z_adv, y, weighted=False), trades_loss(z, z_adv, y, beta=5.))
+    assert torch.allclose(mail_trades_loss(z, z_adv, y, slope=0., scale=2.), trades_loss(z, z_adv, y, beta=5.))
+    # Energy solved for weight 1: log(1 + exp|E|) = 1 at |E| = log(e - 1).
+    unit = z - z.logsumexp(1, keepdim=True) + math.log(math.e - 1)
+    assert torch.allclose(weat_loss(unit, z_adv, y, variant="nat"), trades_loss(z, z_adv, y))
+    assert torch.allclose(weat_loss(unit, z_adv, y, variant="adv", beta=0), sat_loss(None, z_adv, y))
+
+def test_what_is_detached_and_what_is_not():
+    z, z_adv, y = logits(10)
+    def gradient(f, at=z):
+        at = at.clone().requires_grad_()
+        return torch.autograd.grad(f(at).sum(), at)[0]
+    # A shift of all logits moves the energy only, so a weight in the graph would show as a derivative along it.
+    for variant in ("adv", "nat"):
+        assert gradient(lambda t: weat_loss(t, z_adv, y, variant=variant)).sum(1).abs().max() < 1e-12
+    # MART's doubt is in the graph: at equal KL its gradient differs from that of a constant weight.
+    doubt = 1 - z.softmax(1)[range(len(y)), y]
+    constant = gradient(lambda t: 5 * doubt * kl_divergence(t, z_adv))
+    assert (gradient(lambda t: mart_loss(t, z_adv, y, reduction="none")) - constant).abs().max() > 1e-2
+    # The natural side of the divergence is trained too.
+    assert gradient(lambda t: kl_divergence(t, z_adv)).abs().max() > 1e-2
+
+def test_probabilistic_margin_has_the_right_sign():
+    z = torch.tensor([[9., 0., 0.]]).repeat(2, 1)
+    right, wrong = probabilistic_margin(z, torch.tensor([0, 1]))
+    assert -1 <= right < -.99 and .99 < wrong <= 1
+
+def test_table():
+    assert list(OBJECTIVES) == ["standard", "sat", "trades", "mart", "mail_trades", "weat_nat", "weat_adv"]
+    assert all(name == o.name for name, o in OBJECTIVES.items())
+    assert [o.beta for o in OBJECTIVES.values()] == [None, None, 6, 5, 5, 6, 6]
+    assert [o.attack for o in OBJECTIVES.values()] == [None, "ce", "kl", "ce", "kl", "kl", "kl"]
+    assert [o.name for o in OBJECTIVES.values() if o.burn_in] == ["mail_trades"]
+    with pytest.raises(dataclasses.FrozenInstanceError): OBJECTIVES["sat"].beta = 1.
+
+@pytest.mark.parametrize("o", OBJECTIVES.values(), ids=list(OBJECTIVES))
+def test_a_row_says_what_it_needs(o):
+    z, z_adv, y = logits(10)
+    assert o.loss(z if o.needs_clean else None, z_adv if o.needs_adv else None, y).isfinite()
+    if o.needs_clean:
+        with pytest.raises(TypeError, match="logits must"): o.loss(None, z_adv, y)
+    if o.needs_adv:
+        with pytest.raises(TypeError, match="logits_adv must"): o.loss(z, None, y)
+    if o.beta is None:
+        with pytest.raises(ValueError, match="no divergence term"): o.loss(z, z_adv, y, beta=6.)
+    else: assert torch.equal(o.loss(z, z_adv, y), o.loss(z, z_adv, y, beta=o.beta))
+
+@pytest.mark.parametrize("o", OBJECTIVES.values(), ids=list(OBJECTIVES))
+def test_a_training_step_with_every_row(o):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.rand(12, 1, 4, 4), torch.arange(12) % 3
+    x_adv = x if o.attack is None else pgd(net, x, y, eps=.1, step_size=.03, steps=5, loss=o.attack, start=o.start)
+    assert o.attack is None or (x_adv != x).any()
+    values = []
+    for _ in range(2):
+        value = o.loss(net(x) if o.needs_clean else None, net(x_adv) if o.needs_adv else None, y)
+        grads = torch.autograd.grad(value, list(net.parameters()))
+        with torch.no_grad():
+            for p, g in zip(net.parameters(), grads): p -= .02 * g
+        values.append(value.item())
+    assert values[1] < values[0]
+
+def test_bad_input():
+    z, z_adv, y = logits(4)
+    for call, error, message in [
+        (lambda: get_objective("weat"), ValueError, "weat_adv or weat_nat"),
+        (lambda: get_objective("TRADES"), ValueError, "mean trades"),
+        (lambda: get_objective("xyz"), ValueError, "standard, sat"),
+        (lambda: get_objective(None), ValueError, "objective=None"),
+        (lambda: trades_loss(z, z_adv, y, beta=-1), ValueError, "beta=-1"),
+        (lambda: trades_loss(z, z_adv, y, beta=math.nan), ValueError, "beta=nan"),
+        (lambda: trades_loss(z, z_adv, y, beta="6"), ValueError, "beta='6'"),
+        (lambda: weat_loss(z, z_adv, y, variant="both"), ValueError, "adv, nat"),
+        (lambda: trades_loss(z, z_adv[:3], y), ValueError, "same shape"),
+        (lambda: trades_loss(z, z_adv, y[:3]), ValueError, "y must have shape"),
+        (lambda: trades_loss(z, z_adv, y.float()), TypeError, "int64"),
+        (lambda: sat_loss(None, z[:0], y[:0]), ValueError, "empty batch"),
+        (lambda: mart_loss(z[:, :1], z_adv[:, :1], y * 0), ValueError, "at least 2 classes"),
+        (lambda: kl_divergence(z, z_adv[:, :2]), ValueError, "same shape"),
+    ]:
+        with pytest.raises(error, match=message): call()

@@ -1,0 +1,76 @@
+"Every notebook runs from top to bottom, in a folder that is not the repository's, without a download"
+import json
+import os
+from pathlib import Path
+
+import papermill
+import pytest
+
+root = Path(__file__).parent.parent
+sources = sorted(p for p in (root/'nbs').rglob('*.ipynb') if 'results' not in p.parts and '.ipynb_checkpoints' not in p.parts)
+QUICK = dict(epochs=1, num_train=256, num_val=50, num_test=50, attack_steps=1)
+
+
+def tags(path): return {t for c in json.loads(path.read_text())['cells'] for t in c['metadata'].get('tags', [])}
+
+
+def run(path, folder, **parameters):
+    "Execute and return the output notebook; the kernel stays on one thread, since two on two busy cores are far slower"
+    return papermill.execute_notebook(path, folder/'out.ipynb', parameters, cwd=folder, progress_bar=False)
+
+
+def outputs(nb):
+    return '\n'.join(str(o.get('text', '')) + str(o.get('data', {}).get('text/markdown', '')) for c in nb.cells if c.cell_type == 'code' for o in c.outputs)
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path, monkeypatch):
+    for name, value in dict(OMP_NUM_THREADS='1', WEAT_DATA=str(tmp_path/'empty')).items(): monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize('path', sources, ids=lambda p: p.stem)
+def test_runs(path, tmp_path): run(path, tmp_path, **(QUICK if 'parameters' in tags(path) else {}))
+
+
+train = root/'nbs/04_train_weat.ipynb'
+
+
+@pytest.mark.parametrize('parameters, shown', [(dict(beta=7), '| beta | 7.0'), (dict(beta=1), '| beta | 1.0'), (dict(objective='trades'), '| objective | trades |'), (dict(seed=3), '| seed | 3 |')],
+                         ids=['beta-7', 'beta-1', 'trades', 'seed-3'])
+def test_parameters_do_what_they_say(parameters, shown, tmp_path):
+    "The value arrives in the run's config and in the report, and the run differs from the default's"
+    nb = run(train, tmp_path, **QUICK, **parameters)
+    assert shown in outputs(nb)
+    config, = [json.loads(p.read_text()) for p in tmp_path.glob('runs/*/config.json')]
+    assert {k: config[k] for k in parameters} == parameters
+    assert {p.name for p in tmp_path.glob('runs/*/figures/*')} == {'curves.png', 'energies.png', 'test_energies.png', 'images.png'}
+
+
+def test_beta_changes_the_result(tmp_path):
+    metrics = set()
+    for beta in (1, 7):
+        folder = tmp_path/str(beta)
+        folder.mkdir()
+        run(train, folder, **QUICK, beta=beta)
+        metrics |= {p.read_text() for p in folder.glob('runs/*/metrics.jsonl')}
+    assert len(metrics) == 2
+
+
+@pytest.mark.parametrize('parameters, message', [
+    (dict(bta=7), "unknown parameter 'bta' - did you mean 'beta'?"),
+    (dict(dataset='cifar11'), "dataset = 'cifar11' is not allowed.* - did you mean 'cifar10'"),
+    (dict(beta=-1), 'beta = -1 is not allowed.*at least 0'),
+    (dict(epochs=0), 'epochs = 0 is not allowed.*at least 1'),
+    (dict(objective='weat'), "objective = 'weat' is not allowed.*did you mean 'weat_"),
+    (dict(dataset='cifar10', device='tpu'), "device = 'tpu' is not allowed"),
+], ids=lambda v: str(v)[:20])
+def test_bad_parameters_stop_before_any_work(parameters, message, tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match=message): run(train, tmp_path, **parameters)
+    assert {p.name for p in tmp_path.iterdir()} == {'out.ipynb'}
+
+
+@pytest.mark.skipif('WEAT_DATA' not in os.environ, reason='needs the real CIFAR-10 in $WEAT_DATA')
+def test_real_cifar10(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    nb = run(train, tmp_path, **QUICK, dataset='cifar10', arch='resnet8')
+    assert '| here | cifar10 | weat_adv | resnet8 |' in outputs(nb)
