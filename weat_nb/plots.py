@@ -89,7 +89,7 @@ def save_figure(
     fig.savefig(part, dpi=120)
     part.replace(path)
 
-# %% ../nbs/parts/plots.ipynb #9c11a0c0
+# %% ../nbs/parts/plots.ipynb #c3198481
 def show_images(
     images:Tensor, # (B, C, H, W), uint8 or float in [0, 1]; C is 1 or 3
     titles:Sequence[str]|None = None, # a title for each image
@@ -102,11 +102,11 @@ def show_images(
     fig, panels = plt.subplots(rows, ncols, figsize=(size*ncols, (size + (.22 if titles else .04))*rows), layout='constrained', squeeze=False)
     for ax in panels.flat: ax.axis('off')
     for i, (ax, image) in enumerate(zip(panels.flat, images.detach().cpu())):
-        ax.imshow(image.permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0, vmax=255 if image.dtype.is_floating_point is False else 1, interpolation='nearest')
+        ax.imshow(image.permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0, vmax=1 if image.is_floating_point() else 255, interpolation='nearest')
         if titles: ax.set_title(titles[i], fontsize=7)
     return fig
 
-# %% ../nbs/parts/plots.ipynb #8f2b6e94
+# %% ../nbs/parts/plots.ipynb #59231e67
 def plot_histograms(
     groups:dict[str, Tensor], # label -> (N,) values
     *,
@@ -121,5 +121,5 @@ def plot_histograms(
     for label, v in values.items():
         ax.hist(v.numpy(), bins=bins, range=(low, high), alpha=.6, label=label, color=COLOURS.get(label))
     ax.set(xlabel=xlabel, ylabel='images')
-    ax.legend(frameon=False, fontsize=8)
+    if any(groups): ax.legend(frameon=False, fontsize=8)
     return ax

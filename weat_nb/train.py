@@ -9,7 +9,7 @@ __all__ = ['PROTOCOLS', 'BETAS', 'ADVICE', 'protocol', 'TrainConfig', 'resolve_d
            'summarise', 'training_data', 'epoch_batches', 'NonFiniteError', 'check_finite', 'TrainResult', 'fit',
            'run_name']
 
-# %% ../nbs/04_train_weat.ipynb #85ecfe06
+# %% ../nbs/04_train_weat.ipynb #3755a502
 import hashlib
 import json
 import math
@@ -30,17 +30,17 @@ from .losses import OBJECTIVES
 from .models import ARCHS, create_model
 from .params import check_params, param, read_parameters
 from .runs import Progress, lock_run, open_run, read_lines, write_lines
-from .step import FrozenCopy, TrainStep
+from .step import FrozenCopy, StepConfig, TrainStep
 
-# %% ../nbs/04_train_weat.ipynb #c7f40c2c
-_PAPER = dict(arch='resnet18', epochs=100, eps=8/255, step_size=2/255, attack_steps=10, batch_size=128, lr=.1, weight_decay=5e-4)
+# %% ../nbs/04_train_weat.ipynb #fa3ce0a4
+_PAPER = dict(arch='resnet18', epochs=100, eps=8/255, step_size=2/255, attack_steps=10, batch_size=128, lr=.1, weight_decay=5e-4, num_val=1000)
 PROTOCOLS:dict[str, dict[str, Any]] = {
     'cifar10': _PAPER,
     'cifar100': _PAPER,
     'svhn': {**_PAPER, 'epochs': 30, 'step_size': 1/255},
     'tiny_imagenet': _PAPER,
     'fashion_mnist': {**_PAPER, 'epochs': 30, 'eps': .1, 'step_size': .02},
-    'fashion_mini': {**_PAPER, 'arch': 'resnet8', 'epochs': 6, 'eps': .1, 'step_size': .02, 'lr': .2},
+    'fashion_mini': {**_PAPER, 'arch': 'resnet8', 'epochs': 3, 'eps': .1, 'step_size': .03, 'attack_steps': 5, 'batch_size': 32, 'num_val': 500},
 }
 BETAS = {('cifar100', 'weat_adv'): 7.} # where A.3 departs from the method's default
 
@@ -51,7 +51,7 @@ def protocol(
     "The settings that a parameter left at None takes (supplement A.3)"
     return {**PROTOCOLS[dataset], 'beta': BETAS.get((dataset, objective), OBJECTIVES[objective].beta)}
 
-# %% ../nbs/04_train_weat.ipynb #a84f6c31
+# %% ../nbs/04_train_weat.ipynb #18d51877
 @dataclass(frozen=True)
 class TrainConfig:
     "One training run: what is trained on what, how, and from which seed"
@@ -73,7 +73,7 @@ class TrainConfig:
     aux_data:str|None = param(str, '.npz of synthesised images')
     aux_fraction:float = param(float, 'share of each batch drawn from aux_data', default=0., low=0, high=.95)
     num_train:int|None = param(int, 'training images to use', low=2)
-    num_val:int = param(int, 'held-out images that select the model', default=1000, low=1)
+    num_val:int|None = param(int, 'held-out images that select the model', low=1)
 
     def __post_init__(self):
         check_params(self)
@@ -113,7 +113,7 @@ def one_cycle(
     low, t = (max_lr/25, update/peak) if update < peak else (max_lr/25e4, (total - 1 - update)/max(total - 1 - peak, 1))
     return low + (max_lr - low)*(1 - math.cos(math.pi*t))/2
 
-# %% ../nbs/04_train_weat.ipynb #fe276b57
+# %% ../nbs/04_train_weat.ipynb #24274c22
 @torch.no_grad()
 def measure_energies(
     model:nn.Module, # logits from images in [0, 1]
@@ -144,7 +144,7 @@ def summarise(
     measured:dict[str, Tensor], # of `measure_energies`
 )->dict[str, float]: # accuracies in percent; mean and standard deviation of the energies in nats; quantiles of the weights
     "The numbers of one line of metrics.jsonl"
-    out = {'clean': measured['correct_nat'].mean().item()*100, 'pgd': measured['correct_adv'].mean().item()*100}
+    out = {'clean': measured['correct_nat'].double().mean().item()*100, 'pgd': measured['correct_adv'].double().mean().item()*100}
     for name in ('energy_nat', 'energy_adv', 'joint_nat', 'joint_adv', 'delta'):
         out[f'{name}_mean'], out[f'{name}_std'] = measured[name].mean().item(), measured[name].std(correction=0).item()
     weights = energy_weight(measured['energy_nat'])
@@ -246,12 +246,13 @@ def _headline(history:list[dict], epochs:int)->str:
     if not history: return f'epoch 1 of {epochs}'
     return f"epoch {len(history)} of {epochs} done: clean {history[-1]['clean']:.1f} %, PGD-20 {history[-1]['pgd']:.1f} % on held-out images"
 
-# %% ../nbs/04_train_weat.ipynb #8402b5ee
+# %% ../nbs/04_train_weat.ipynb #23bbb584
 def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:ImageData|None)->TrainResult:
     device = torch.device(config.device)
     model = create_model(config.arch, train.num_classes, train.in_channels, train.image_size, seed=config.seed).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=.9, weight_decay=config.weight_decay)
-    step = TrainStep(model, config.objective, beta=config.beta, eps=config.eps, step_size=config.step_size, steps=config.attack_steps, precision=config.precision)
+    step = TrainStep(model, config.objective, beta=config.beta, eps=config.eps, step_size=config.step_size, steps=config.attack_steps,
+                     config=StepConfig.choose(config.device, config.precision))
     n_batches = len(train)//(config.batch_size - (round(config.aux_fraction*config.batch_size) if aux is not None else 0))
     total, history, best = config.epochs*n_batches, [], {}
     if (run/'state.safetensors').exists(): history, best = _restore(run, model, optimizer)
