@@ -160,8 +160,8 @@ def test_a_training_step_with_every_row(o):
 def test_bad_input():
     z, z_adv, y = logits(4)
     for call, error, message in [
-        (lambda: get_objective("weat"), ValueError, "weat_adv or weat_nat"),
-        (lambda: get_objective("TRADES"), ValueError, "mean trades"),
+        (lambda: get_objective("weat"), ValueError, "'weat_nat' or 'weat_adv'"),
+        (lambda: get_objective("TRADES"), ValueError, "mean 'trades'"),
         (lambda: get_objective("xyz"), ValueError, "standard, sat"),
         (lambda: get_objective(None), ValueError, "objective=None"),
         (lambda: trades_loss(z, z_adv, y, beta=-1), ValueError, "beta=-1"),

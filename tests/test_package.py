@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).parent.parent
-EXTRAS = ('matplotlib', 'papermill', 'nbdev', 'IPython', 'jupyterlab', 'sympy', 'pytest')
+EXTRAS = ('fastcore', 'matplotlib', 'papermill', 'nbdev', 'IPython', 'jupyterlab', 'sympy', 'pytest')
 
 
 def python(code, **options):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
 from weat_nb.train import NonFiniteError, TrainConfig, fit, training_data
 
-TINY = dict(num_train=256, num_val=50, attack_steps=2, device='cpu')
+TINY = dict(num_train=256, num_val=50, attack_steps=2, batch_size=128, device='cpu')
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +46,10 @@ def test_same_seed_same_weights(tmp_path):
 
 
 def test_killed_in_any_epoch(tmp_path):
-    "SIGKILL in epochs 1, 2 and 3; what goes on ends as the run that was never killed"
+    "SIGKILL in every epoch, the last included; what goes on ends as the run that was never killed"
     script = f"""import torch; torch.set_num_threads(1)
 from weat_nb.train import TrainConfig, fit
-fit(TrainConfig(epochs=4, **{TINY!r}), {str(tmp_path/'killed')!r})"""
+fit(TrainConfig(epochs=3, **{TINY!r}), {str(tmp_path/'killed')!r})"""
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     metrics = tmp_path/'killed/metrics.jsonl'
     for done in range(3):
@@ -61,13 +62,48 @@ fit(TrainConfig(epochs=4, **{TINY!r}), {str(tmp_path/'killed')!r})"""
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (tmp_path/'killed/last.safetensors').exists()
-    config = TrainConfig(epochs=4, **TINY)
+    config = TrainConfig(epochs=3, **TINY)
     resumed, whole = fit(config, tmp_path/'killed'), fit(config, tmp_path/'whole')
     assert resumed.history == whole.history and resumed.best_epoch == whole.best_epoch
     for name in ('best', 'last'):
         a, b = (load_checkpoint(tmp_path/run/f'{name}.safetensors')[0].state_dict() for run in ('killed', 'whole'))
         assert all(torch.equal(a[k], b[k]) for k in b)
     assert metrics.read_bytes() == (tmp_path/'whole/metrics.jsonl').read_bytes()
+
+
+def test_two_processes_train_as_one(tmp_path):
+    "Synchronised batch normalisation and shares of one batch: the same run up to rounding, which training amplifies"
+    config = TrainConfig(epochs=1, **TINY)
+    one, two = fit(config, tmp_path/'one'), fit(config, tmp_path/'two', num_processes=2)
+    assert one.history[0]['loss'] == pytest.approx(two.history[0]['loss'], rel=1e-4)
+    assert one.history[0]['energy_nat_mean'] == pytest.approx(two.history[0]['energy_nat_mean'], abs=1e-2)
+    assert {p.name for p in (tmp_path/'one').iterdir()} == {p.name for p in (tmp_path/'two').iterdir()}
+    with pytest.raises(ValueError, match='batch_size = 128 cannot be shared equally by 3 processes'): fit(config, tmp_path/'three', num_processes=3)
+
+
+def children(pid):
+    "Processes whose parent is `pid`"
+    found = []
+    for entry in Path('/proc').glob('[0-9]*/stat'):
+        try: fields = entry.read_text().rpartition(')')[2].split()
+        except OSError: continue # gone meanwhile
+        if int(fields[1]) == pid: found.append(int(entry.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path('/proc').exists(), reason='looks for processes in /proc')
+def test_a_killed_worker_does_not_lose_the_run(tmp_path):
+    config, options = TrainConfig(epochs=3, **TINY), f'TrainConfig(epochs=3, **{TINY!r})'
+    script = f"from weat_nb.train import TrainConfig, fit; fit({options}, {str(tmp_path/'run')!r}, num_processes=2)"
+    process = subprocess.Popen([sys.executable, '-c', script], env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(train.read_lines(tmp_path/'run/metrics.jsonl')) < 1:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(.05)
+    workers = [p for p in children(process.pid) if b'spawn_main' in Path(f'/proc/{p}/cmdline').read_bytes()]
+    os.kill(workers[-1], signal.SIGKILL)
+    assert process.wait(timeout=200) == 0
+    assert [h['epoch'] for h in fit(config, tmp_path/'run').history] == [1, 2, 3]
 
 
 def test_stopped_between_state_and_metrics(tmp_path, monkeypatch):
@@ -111,7 +147,17 @@ def test_not_finite_stops_and_keeps_the_last_state(tmp_path, monkeypatch):
 
 def test_divergence_says_where(tmp_path):
     with pytest.raises(NonFiniteError, match='epoch 1, update 2 of 2.*lower lr'):
-        fit(TrainConfig(epochs=1, lr=1e30, **TINY), tmp_path)
+        fit(TrainConfig(epochs=1, lr=1e30, **TINY), tmp_path/'in_an_epoch')
+    with pytest.raises(NonFiniteError, match='held-out images after epoch 1.*lower lr'):
+        fit(TrainConfig(epochs=1, objective='standard', lr=1e38, **{**TINY, 'batch_size': 256}), tmp_path/'in_its_last_update')
+    assert not (tmp_path/'in_its_last_update/state.safetensors').exists()
+
+
+def test_burn_in_of_mail(tmp_path):
+    "Before it ends MAIL-TRADES is TRADES with the same beta, after it is not"
+    runs = {name: fit(TrainConfig(objective=name, beta=5, epochs=2, **TINY), tmp_path/name).history for name in ('mail_trades', 'trades')}
+    assert runs['mail_trades'][0] == runs['trades'][0]
+    assert runs['mail_trades'][1] != runs['trades'][1]
 
 
 def synthesised(path, n=300, size=28, classes=10):
@@ -134,10 +180,28 @@ def test_synthesised_images_select_and_train(tmp_path):
     with pytest.raises(ValueError, match='holds images of shape'): training_data(TrainConfig(aux_data=synthesised(tmp_path/'big.npz', size=32)))
     with pytest.raises(ValueError): training_data(TrainConfig(aux_data=synthesised(tmp_path/'more.npz', classes=11)))
     with pytest.raises(ValueError, match='aux_fraction'): TrainConfig(aux_fraction=.5)
+    with pytest.raises(ValueError, match='of a batch of 32 it makes 0 synthesised'): TrainConfig(aux_data=file, aux_fraction=.01)
+    assert len(training_data(TrainConfig(aux_data=file, num_val=300))[1]) == 300 # the whole file, as the authors use it
+
+
+def test_synthesised_images_are_known_by_their_content(tmp_path):
+    file, same, other = (synthesised(tmp_path/f'{name}.npz', n=n) for name, n in (('a', 300), ('b', 300), ('c', 310)))
+    names = [train.run_name(TrainConfig(aux_data=f)) for f in (file, same, other)]
+    assert names[0] == names[1] != names[2]
+
+
+def test_damaged_data_leaves_no_folder(tmp_path):
+    (tmp_path/'data/cifar-10-batches-py').mkdir(parents=True)
+    for name in ('data_batch_1', 'data_batch_2', 'data_batch_3', 'data_batch_4', 'data_batch_5', 'test_batch', 'batches.meta'):
+        (tmp_path/'data/cifar-10-batches-py'/name).write_bytes(b'cut off')
+    with pytest.raises(ValueError, match='data_batch_1|batches.meta'): fit(TrainConfig(dataset='cifar10', root=str(tmp_path/'data')), tmp_path/'run')
+    assert not (tmp_path/'run').exists() and (tmp_path/'data/cifar-10-batches-py/data_batch_1').read_bytes() == b'cut off'
 
 
 def test_wrong_data_leaves_no_folder(tmp_path):
-    with pytest.raises(FileNotFoundError): fit(TrainConfig(aux_data=str(tmp_path/'none.npz')), tmp_path/'run')
+    with pytest.raises(FileNotFoundError, match='none.npz'): TrainConfig(aux_data=str(tmp_path/'none.npz'))
+    (tmp_path/'bad.npz').write_bytes(b'no arrays')
+    with pytest.raises(ValueError, match='bad.npz'): fit(TrainConfig(aux_data=str(tmp_path/'bad.npz')), tmp_path/'run')
     assert not (tmp_path/'run').exists()
 
 

@@ -7,12 +7,10 @@ Docs: https://weat-nb.github.io/weat_nb/parts/checkpoints.html.md"""
 # %% auto #0
 __all__ = ['CheckpointError', 'save_tensors', 'load_tensors', 'save_checkpoint', 'load_checkpoint', 'file_sha256']
 
-# %% ../nbs/parts/checkpoints.ipynb #d6a24b86
+# %% ../nbs/parts/checkpoints.ipynb #2c83e78d
 import difflib
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .models import create_model
+from .runs import write_file
 
 # %% ../nbs/parts/checkpoints.ipynb #3a19cee5
 class CheckpointError(ValueError):
@@ -38,35 +37,7 @@ def _digest(tensors:Mapping[str, Tensor], metadata:Any)->str:
         sha.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
-# %% ../nbs/parts/checkpoints.ipynb #47d3140e
-def _sync_folder(folder:Path)->None:
-    "Flush a folder's entries to the disk, where the system can"
-    if os.name == "nt": # Windows opens no folders
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError: # some network file systems refuse this; the file itself is on the disk already
-        pass
-    finally:
-        os.close(fd)
-
-
-def _replace(path:Path, data:bytes)->None:
-    "Put data where path is, all of it or nothing"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(part, "xb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-# %% ../nbs/parts/checkpoints.ipynb #e2efeaa8
+# %% ../nbs/parts/checkpoints.ipynb #4db3a3f9
 def save_tensors(
     path:str|Path, # the file, usually *.safetensors; its folder is made if need be
     tensors:Mapping[str, Tensor], # by name, on any device; half, bfloat16 and integers keep their type
@@ -83,8 +54,7 @@ def save_tensors(
         raise TypeError(f"{path}: metadata must be what JSON can hold, such as str(p) for a Path p ({e})") from e
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     note = json.dumps({"sha256": _digest(copies, meta), "metadata": meta})
-    _replace(path, safetensors.torch.save(copies, {"weat_nb": note}))
-    return path
+    return write_file(path, safetensors.torch.save(copies, {"weat_nb": note}))
 
 # %% ../nbs/parts/checkpoints.ipynb #8221310a
 def _missing(path:Path)->FileNotFoundError:

@@ -8,8 +8,7 @@ Docs: https://weat-nb.github.io/weat_nb/losses.html.md"""
 __all__ = ['OBJECTIVES', 'kl_divergence', 'standard_loss', 'sat_loss', 'trades_loss', 'mart_loss', 'probabilistic_margin',
            'mail_trades_loss', 'weat_loss', 'Objective', 'get_objective']
 
-# %% ../nbs/03_losses.ipynb #2c100cb1
-import difflib
+# %% ../nbs/03_losses.ipynb #67115400
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .energy import _check_labels, _checked_logits, energy_weight, marginal_energy
+from .params import suggest
 
 # %% ../nbs/03_losses.ipynb #7dd81b8b
 def _inputs(y:Tensor, **logits:Tensor)->list[Tensor]:
@@ -196,7 +196,7 @@ class Objective:
         if self.burn_in: options["weighted"] = weighted
         return self.function(logits, logits_adv, y, reduction=reduction, **options)
 
-# %% ../nbs/03_losses.ipynb #3786fab0
+# %% ../nbs/03_losses.ipynb #a14699b7
 OBJECTIVES:dict[str, Objective] = {o.name: o for o in (
     Objective("standard", None, None, None, True, False, False,
               "CE(x)", "1", "natural training", standard_loss),
@@ -207,7 +207,7 @@ OBJECTIVES:dict[str, Objective] = {o.name: o for o in (
     Objective("mart", "ce", "gaussian", 5., True, True, False,
               "BCE(x*) + β w KL(p ‖ p*)", "w = 1 − p(y | x), in the graph", "Wang et al., ICLR 2020", mart_loss),
     Objective("mail_trades", "kl", "gaussian", 5., True, True, True,
-              "CE(x) + β w KL(p ‖ p*)", "w = 3 σ(2 PM(x*)), detached; 1 before epoch 75",
+              "CE(x) + β w KL(p ‖ p*)", "w = 3 σ(2 PM(x*)), detached; 1 in the burn-in",
               "Wang, Liu et al., NeurIPS 2021", mail_trades_loss),
     Objective("weat_nat", "kl", "gaussian", 6., True, True, False,
               "w CE(x) + β w KL(p ‖ p*)", "w = 1/log(1 + exp |E(x)|), detached", "Mirza et al., ECCV 2024",
@@ -217,13 +217,10 @@ OBJECTIVES:dict[str, Objective] = {o.name: o for o in (
               partial(weat_loss, variant="adv")),
 )}
 
-# %% ../nbs/03_losses.ipynb #2ee6ddb3
+# %% ../nbs/03_losses.ipynb #d3d4aced
 def get_objective(
     name:str, # key in OBJECTIVES
 )->Objective: # that row
     "The training method of this name"
     if name in OBJECTIVES: return OBJECTIVES[name]
-    key = str(name).lower().replace("-", "_")
-    near = sorted(n for n in OBJECTIVES if key and n.startswith(key)) or difflib.get_close_matches(key, OBJECTIVES, n=2)
-    hint = f" - did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"objective={name!r} is not one of {', '.join(OBJECTIVES)}{hint}")
+    raise ValueError(f"objective={name!r} is not one of {', '.join(OBJECTIVES)}{suggest(name, OBJECTIVES)}")

@@ -7,12 +7,15 @@ Docs: https://weat-nb.github.io/weat_nb/parts/plots.html.md"""
 # %% auto #0
 __all__ = ['COLOURS', 'Table', 'axes', 'plot_curves', 'save_figure', 'show_images', 'plot_histograms']
 
-# %% ../nbs/parts/plots.ipynb #37e4eeb8
+# %% ../nbs/parts/plots.ipynb #974d4800
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from .runs import write_file
 
 # %% ../nbs/parts/plots.ipynb #fe5b840c
 class Table(list):
@@ -76,18 +79,16 @@ def plot_curves(
     if any(curves.values()): ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/parts/plots.ipynb #6c7ba703
+# %% ../nbs/parts/plots.ipynb #971e9cba
 def save_figure(
     fig:Any, # the figure
     run_dir:str|Path, # a run folder
     name:str, # of the file, without its ending
 )->None: # nothing: the notebook shows the figure itself
     "Keep a figure as PNG in the run's `figures/`"
-    path = Path(run_dir)/'figures'/f'{name}.png'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{name}.part.png')
-    fig.savefig(part, dpi=120)
-    part.replace(path)
+    image = BytesIO()
+    fig.savefig(image, dpi=120, format='png')
+    write_file(Path(run_dir)/'figures'/f'{name}.png', image.getvalue())
 
 # %% ../nbs/parts/plots.ipynb #c3198481
 def show_images(

@@ -1,0 +1,138 @@
+"The fast update: equal to the reference, and safe on what it is given"
+import pytest
+import torch
+from torch import nn
+
+from weat_nb.models import create_model
+from weat_nb.step import FrozenCopy, StepConfig, TrainStep, forward_cost, forward_passes, reference_step
+
+RADII = dict(eps=8/255, step_size=2/255, steps=3)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+
+
+def images(n=8, dtype=torch.float32, device='cpu'):
+    g = torch.Generator().manual_seed(0)
+    return torch.rand(n, 3, 32, 32, generator=g).to(device, dtype), torch.randint(10, (n,), generator=g).to(device)
+
+
+def trained(arch, dtype=torch.float32, device='cpu'):
+    model = create_model(arch, 10, seed=0).to(device, dtype)
+    for _ in range(2): model(images(dtype=dtype, device=device)[0])
+    return model
+
+
+def test_frozen_copy_shares_nothing_with_the_model():
+    model = trained('resnet8')
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    frozen = FrozenCopy(model)
+    with torch.no_grad():
+        for p in frozen.model.parameters(): p.zero_()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training and not frozen.model.training and not any(p.requires_grad for p in frozen.model.parameters())
+
+
+def test_refresh_keeps_the_buffers():
+    "A captured graph reads fixed addresses"
+    model = trained('resnet8')
+    frozen = FrozenCopy(model, torch.bfloat16, channels_last=True)
+    addresses = [t.data_ptr() for t in frozen.model.state_dict().values()]
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(1.01)
+    frozen.refresh()
+    assert addresses == [t.data_ptr() for t in frozen.model.state_dict().values()]
+
+
+@pytest.mark.parametrize('arch', ['resnet20', 'preact_resnet18'])
+@pytest.mark.parametrize('fold', [True, False])
+def test_frozen_copy_is_the_model(arch, fold):
+    model = trained(arch, torch.float64)
+    x, _ = images(dtype=torch.float64)
+    frozen = FrozenCopy(model, channels_last=True, fold=fold)
+    with torch.no_grad(): assert torch.allclose(frozen(x), model.eval()(x), atol=1e-10)
+
+
+def test_a_model_of_ones_own():
+    "No pair is named: only a Sequential's neighbours are folded, and a normalisation whose input is used twice is left alone"
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+            self.conv1, self.bn1, self.linear = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Linear(3, 10)
+
+        def forward(self, x):
+            h = self.conv1(self.body(x))
+            return self.linear((h + self.bn1(h)).mean((2, 3)))
+    torch.manual_seed(0)
+    model = Skip()
+    x, y = images()
+    model(x)
+    frozen = FrozenCopy(model)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in frozen.model.modules()) == 1
+    with torch.no_grad(): assert torch.allclose(frozen(x), model.eval()(x), atol=1e-5)
+    assert TrainStep(model, 'weat_adv', **RADII)(x, y).isfinite()
+
+
+@pytest.mark.parametrize('objective', ['weat_adv', 'sat', 'mart'])
+def test_same_attack_same_loss_same_gradients(objective):
+    x, y = images(dtype=torch.float64)
+    models = [trained('resnet8', torch.float64) for _ in range(2)]
+    losses = [reference_step(models[0], x, y, objective=objective, **RADII, generator=torch.Generator().manual_seed(1)),
+              TrainStep(models[1], objective, **RADII)(x, y, generator=torch.Generator().manual_seed(1))]
+    assert torch.allclose(*losses, rtol=1e-10)
+    for a, b in zip(*(m.parameters() for m in models)): assert torch.allclose(a.grad, b.grad, atol=1e-9)
+    for a, b in zip(*(m.buffers() for m in models)): assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_the_step_sees_the_weights_of_now():
+    x, y = images()
+    model = trained('resnet8')
+    step = TrainStep(model, 'weat_adv', **RADII)
+    first = step.attack(x, y, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for p in model.parameters(): p.neg_()
+    assert not torch.equal(first, step.attack(x, y, torch.Generator().manual_seed(0)))
+
+
+def test_nan_in_the_attack_reaches_the_loss():
+    "The sign of NaN is 0: without care a broken attack would train on the natural images in silence"
+    x, y = images()
+    model = trained('resnet8')
+    step = TrainStep(model, 'sat', **RADII)
+    step.fast.forward = lambda z: step.fast.model(z)*float('nan')
+    assert not step(x, y).isfinite()
+
+
+def test_images_out_of_range_are_refused():
+    x, y = images()
+    with pytest.raises(ValueError, match='divide by 255'): TrainStep(trained('resnet8'), 'sat', **RADII)(255*x, y)
+    with pytest.raises(ValueError, match='3'): TrainStep(trained('resnet8'), 'sat', **RADII)(x[:, :1], y)
+
+
+def test_standard_training_attacks_nothing():
+    x, y = images()
+    step = TrainStep(trained('resnet8'), 'standard', **RADII)
+    assert step.fast is None and step(x, y).isfinite()
+
+
+def test_cost_of_a_known_network():
+    "1 x 1 convolution of 3 to 4 channels on 8 x 8 pixels, then 4 to 10 on the mean: 2 operations a multiplication"
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10, bias=False))
+    flop, moved = forward_cost(model, 3, 8)
+    assert flop == 2*(3*4*64 + 4*10)
+    assert moved == 2*4*(4*64 + 4 + 4 + 10)
+    assert forward_passes('trades', 20) == 47 and forward_passes('mart', 10) == 26
+
+
+def test_graph_needs_cuda():
+    with pytest.raises(ValueError, match='needs a CUDA device'): TrainStep(create_model('resnet8', 10), 'sat', **RADII, config=StepConfig(graph=True))
+
+
+@needs_cuda
+@pytest.mark.parametrize('objective', ['weat_adv', 'sat'])
+def test_graph_equals_eager(objective):
+    x, y = images(device='cuda')
+    model = trained('resnet8', device='cuda')
+    attacks = [TrainStep(model, objective, **RADII, config=StepConfig(graph=graph)) for graph in (False, True)]
+    for seed in (0, 1): # the second replays what the first captured
+        plain, captured = (step.attack(x, y, torch.Generator('cuda').manual_seed(seed)) for step in attacks)
+        assert torch.allclose(plain, captured, atol=1e-5)
