@@ -51,7 +51,7 @@ def test_cross_references(pages):
 def test_titles():
     for path in sources:
         first = ''.join(json.loads(path.read_text())['cells'][0]['source'])
-        assert re.match(r'# .+\n\n> .+', first), f'{path.name} does not begin with a title and a one-line subtitle'
+        assert re.fullmatch(r'# .+\n\n> .+', first), f'{path.name} does not begin with a cell of a title and a one-line subtitle, and no more'
 
 
 def test_quarto_yml():

@@ -168,7 +168,7 @@ class Progress:
             self.bar.close()
         elif self.display is not None: self.display.update(self.html(self._page()))
 
-# %% ../nbs/parts/runs.ipynb #ada5510f
+# %% ../nbs/parts/runs.ipynb #25aef0db
 def publish_run(
     executed:str|Path, # the notebook that papermill wrote
     page:str|Path, # where the page goes, for example nbs/results/cifar10_weat_adv.ipynb
@@ -190,7 +190,9 @@ def publish_run(
         if 'injected-parameters' in tags: source = source.replace('# Parameters\n', '', 1)
         cells.append({**cell, 'source': source.splitlines(True), **({'execution_count': None} if cell['cell_type'] == 'code' else {})})
     if not cells: raise ValueError(f'{executed} has no cell tagged "report": nothing to publish')
-    head = f'# {title}\n\n> {note}\n\nThis page is an executed notebook without its definitions; the chapter it was made from, [{chapter}](../{chapter}), explains them.'
-    nb['cells'] = [dict(cell_type='markdown', id='title', metadata={}, source=head.splitlines(True)), *cells]
+    head = f'# {title}\n\n> {note}' # a title and a subtitle alone: nbdev makes the page's header of this cell
+    origin = f'This page is an executed notebook without its definitions; the chapter it was made from, [{chapter}](../{chapter}), explains them.'
+    text = [dict(cell_type='markdown', id=name, metadata={}, source=source.splitlines(True)) for name, source in (('title', head), ('origin', origin))]
+    nb['cells'] = [*text, *cells]
     nb['metadata'] = {'kernelspec': nb['metadata']['kernelspec']}
     return write_text(page, json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n')
