@@ -130,7 +130,7 @@ class FrozenCopy:
         logits = self.forward(x.to(dtype=self.dtype, memory_format=self.format))
         return logits if logits.dtype == torch.float64 else logits.float()
 
-# %% ../nbs/10_speed.ipynb #67f3eacd
+# %% ../nbs/10_speed.ipynb #1aa77468
 @dataclass(frozen=True)
 class StepConfig:
     "The tricks of an update; each changes its time and not its mathematics"
@@ -146,7 +146,7 @@ class StepConfig:
         device:str, # cuda, mps or cpu
         precision:str = 'float32', # float32 or bf16
     )->'StepConfig':
-        "What is fastest on this kind of device, as far as it was measured; compiling pays only in long runs and is left to the caller"
+        "A choice for this kind of device: measured on a CPU, not yet on a GPU; compiling is left to the caller"
         bf16 = precision == 'bf16'
         return cls(channels_last=bf16 or device == 'cuda', bf16=bf16, graph=device == 'cuda')
 
