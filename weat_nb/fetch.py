@@ -64,7 +64,7 @@ def read_checked(
 def download(
     url:str, # where from
     target:Path, # where to; used as it is if it exists
-    md5:str, # MD5 of the file, as published
+    digest:str|None, # MD5 or SHA-256 of the file, as published (32 or 64 hexadecimal digits); None: not checked
     timeout:float = 60., # seconds of silence after which to give up
 )->Path: # `target`
     "Fetch one file, whole or not at all"
@@ -81,8 +81,9 @@ def download(
         except (OSError, HTTPException) as error:
             raise ConnectionError(f'{target.name} could not be fetched from {url} ({error}): '
                                   f'fetch it by hand and put it into {target.parent}') from None
-        if (found := md5sum(part.read_bytes())) != md5:
-            raise ValueError(f'{url} sent a file with md5 {found}, the published one has {md5}: nothing was kept. '
+        kind = 'md5' if digest is None or len(digest) == 32 else 'sha256'
+        if digest is not None and (found := hashlib.new(kind, part.read_bytes(), usedforsecurity=False).hexdigest()) != digest:
+            raise ValueError(f'{url} sent a file with {kind} {found}, the published one has {digest}: nothing was kept. '
                              f'Try again, or fetch it by hand and put it into {target.parent}')
         if not target.exists(): os.replace(part, target)
     return target

@@ -1,0 +1,110 @@
+"Networks by name: what is shipped loads and classifies, what was changed is refused"
+import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from weat_nb.checkpoints import CheckpointError, save_checkpoint
+from weat_nb.data import load_dataset, to_float
+from weat_nb.models import create_model
+from weat_nb.pretrained import PUBLIC_MODELS, load_pretrained, load_weights, model_folders, pretrained_names, pretrained_note, publish_model
+
+
+def accuracy(model, data):
+    with torch.no_grad(): return (model(to_float(data.images)).argmax(1) == data.labels).float().mean().item()*100
+
+
+@pytest.fixture
+def published(tmp_path):
+    "A folder with one published network"
+    run = tmp_path/'run'
+    save_checkpoint(run/'best.safetensors', create_model('resnet8', 10, 1, 28, seed=0), metadata=dict(epoch=1, config=dict(dataset='fashion_mini')))
+    publish_model(run, 'mine', tmp_path/'published')
+    return tmp_path/'published'
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('WEAT_DATA', str(tmp_path/'cache'))
+    return tmp_path/'cache'
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+
+@pytest.fixture
+def address(published):
+    "The same folder on a server"
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(published)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+
+
+def test_everything_shipped_loads(cache):
+    shipped = [n for n in pretrained_names() if n not in PUBLIC_MODELS]
+    data = {}
+    for name in shipped:
+        _, note = pretrained_note(name)
+        dataset = note['config']['dataset']
+        if not dataset.startswith('fashion'): continue # only that is at hand everywhere
+        if dataset not in data: data[dataset] = load_dataset(dataset, 'test')[:500]
+        assert accuracy(load_pretrained(name), data[dataset]) > 60, name
+    assert {f'fashion_mini-{o}-resnet8' for o in ('standard', 'sat', 'trades', 'weat_nat', 'weat_adv')} <= set(shipped)
+
+
+def test_public_network_in_a_package():
+    pytest.importorskip('pyautoattack')
+    model = load_pretrained('cifar10-standard-resnet18')
+    assert model.config['arch'] == 'resnet18' and not model.training
+    with torch.no_grad(): assert model(torch.rand(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_public_network_is_refused_when_another_file_has_its_name(tmp_path):
+    row = PUBLIC_MODELS['cifar10-standard-resnet20']
+    torch.save(create_model('resnet20', 10).state_dict(), tmp_path/row.file)
+    with pytest.raises(CheckpointError, match='not the file that was published'): load_pretrained('cifar10-standard-resnet20', root=tmp_path)
+
+
+def test_from_an_address(address, cache):
+    x = torch.rand(2, 1, 28, 28)
+    first = load_pretrained('mine', root=address)
+    again = load_pretrained('mine', root=address)
+    with torch.no_grad(): torch.testing.assert_close(first(x), again(x), rtol=0, atol=0)
+    assert len(list(cache.rglob('mine.*'))) == 2
+
+
+def test_an_address_that_sends_something_else(address, published, cache):
+    (published/'mine.json').write_text('<html>not found</html>')
+    with pytest.raises(CheckpointError, match='not the description of a model'): load_pretrained('mine', root=address)
+    assert not list(cache.rglob('mine.*'))
+
+
+def test_weights_changed_on_the_server(address, published, cache):
+    note = json.loads((published/'mine.json').read_text())
+    (published/'mine.json').write_text(json.dumps({**note, 'sha256': '0'*64}))
+    with pytest.raises(ValueError, match='nothing was kept'): load_pretrained('mine', root=address)
+
+
+def test_unknown_name(published):
+    with pytest.raises(ValueError, match="did you mean 'mine'"): load_pretrained('mime', root=published)
+    with pytest.raises(ValueError, match='robustbench:DATASET/THREAT/NAME'): load_pretrained('robustbench:cifar10/x')
+
+
+def test_callers_folder_comes_first(published): assert model_folders(published)[0] == published
+
+
+@pytest.mark.parametrize('name', ['', 'a/b', 'a:b'])
+def test_bad_name_to_publish(name, published):
+    with pytest.raises(ValueError, match='plain file name'): publish_model(published.parent/'run', name, published)
+
+
+def test_wrong_architecture(tmp_path):
+    torch.save(create_model('resnet8', 10).state_dict(), tmp_path/'w.pt')
+    with pytest.raises(CheckpointError, match='does not hold the weights of resnet8 with 100 classes'): load_weights(tmp_path/'w.pt', 'resnet8', 100)
+    (tmp_path/'w.pt').write_bytes(b'not weights')
+    with pytest.raises(CheckpointError, match='no file of plain tensors'): load_weights(tmp_path/'w.pt', 'resnet8')
+    with pytest.raises(FileNotFoundError, match='no weights at'): load_weights(tmp_path/'v.pt', 'resnet8')
