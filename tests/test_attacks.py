@@ -1,15 +1,23 @@
 "What guards weat_nb.attacks beyond the chapter: other implementations, odd inputs, the caller's modes."
 import ast
+import copy
+import importlib
 import inspect
+import json
 import math
+import sys
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from record_cw_linf import RECORD, SETTINGS, subject
 from weat_nb import attacks
-from weat_nb.attacks import ascent_loss, dlr_loss, eval_mode, pgd, pgd_loop, starting_point
+from weat_nb.attacks import ATTACKS, ascent_loss, attack, dlr_loss, eval_mode, pgd, pgd_loop, starting_point
+from weat_nb.carlini_wagner import cw_l2, cw_linf
+from weat_nb.guards import GradientMaskingWarning
 
 RADII = {"linf": .1, "l2": .8}
 
@@ -241,6 +249,233 @@ def test_bad_models(net, batch, wrap, options, message):
 def test_target_must_differ_for_dlr(net, batch):
     with pytest.raises(ValueError, match="target equals y"): run(net, *batch, loss="dlr", target=batch[1])
 
-def test_stands_alone():
+def test_imports_parts_only():
     tree = ast.parse(inspect.getsource(attacks))
-    assert not [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+    imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level}
+    assert imported == {"autoattack", "carlini_wagner", "guards", "params"}
+
+# The registry. Few steps and small prices keep every attack within a fraction of a second on this network.
+
+QUICK = dict(square=dict(steps=40)) | {name: dict(steps=5) for name in ATTACKS if name != "square"}
+QUICK["cw-l2"] = dict(steps=20, binary_search_steps=3, initial_const=1.)
+RANDOM = ("pgd", "trades", "apgd", "apgd-dlr", "apgd-t", "square")
+EPS = .1
+every = pytest.mark.parametrize("name", ATTACKS)
+
+@pytest.fixture
+def right(net, batch):
+    "Images and the labels that the network gives them, except for the first three"
+    y = net(batch[0]).argmax(1)
+    return batch[0].round(decimals=1), torch.cat([(y[:3] + 1) % 5, y[3:]])
+
+def wins(net, x_adv, y): return net(x_adv).argmax(1) != y
+
+@every
+def test_promise(net, right, name):
+    x, y = right
+    x_adv = attack(name, net, x, y, eps=EPS, **QUICK[name])
+    assert x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad and x_adv.grad_fn is None
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+    if ATTACKS[name].ball: assert length(x_adv - x, ATTACKS[name].norm).max() <= EPS + 1e-6
+    won = wins(net, x_adv, y)
+    assert won[3:].any()
+    if ATTACKS[name].failed == "x": assert torch.equal(x_adv[~won], x[~won])
+    if ATTACKS[name].failed == "x" and ATTACKS[name].ball: assert torch.equal(x_adv[:3], x[:3]) # wrong before the attack
+
+@every
+def test_seed_and_generator(net, right, name):
+    def images(**options): return attack(name, net, *right, eps=EPS, **options, **QUICK[name])
+    assert torch.equal(images(seed=3), images(seed=3))
+    gen = torch.Generator().manual_seed(1)
+    first, second = images(generator=gen), images(generator=gen)
+    assert torch.equal(images(generator=torch.Generator().manual_seed(1)), first)
+    assert torch.equal(first, second) == (name not in RANDOM)
+
+@every
+@pytest.mark.parametrize("fails", [False, True])
+def test_leaves_no_trace(net, right, name, fails):
+    x, y = right
+    modes, frozen = [True, False, True, False, True, True, False], [True, False, True, False, True, True]
+    for module, mode in zip(net.modules(), modes): module.training = mode
+    for p, flag in zip(net.parameters(), frozen): p.requires_grad_(flag), setattr(p, "grad", torch.ones_like(p))
+    state, rng, calls = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state(), []
+    class Breaks(nn.Module):
+        def __init__(self): super().__init__(); self.net = net
+        def forward(self, v):
+            calls.append(1)
+            if fails and len(calls) > 4: raise RuntimeError("out of memory")
+            return self.net(v)
+    model = Breaks()
+    for module, mode in zip(net.modules(), modes): module.training = mode
+    x, y = x.clone().requires_grad_(), y.clone()
+    try:
+        if fails:
+            with pytest.raises(RuntimeError, match="out of memory"): attack(name, model, x, y, eps=EPS, **QUICK[name])
+        else: attack(name, model, x, y, eps=EPS, **QUICK[name])
+        assert [m.training for m in net.modules()] == modes and torch.equal(torch.get_rng_state(), rng)
+        assert [p.requires_grad for p in net.parameters()] == frozen[:len(list(net.parameters()))]
+        assert all((p.grad == 1).all() for p in net.parameters()) and x.grad is None
+        assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+        assert torch.equal(x, right[0]) and torch.equal(y, right[1]) and torch.is_grad_enabled()
+    finally:
+        net.eval().requires_grad_(True)
+        for p in net.parameters(): p.grad = None
+
+@every
+def test_shift_of_all_logits(net, right, name):
+    "In float64, where a shift by 100 is exact but for the last bits"
+    if name not in ("fab", "fab-t"): # which mix the types of images and logits
+        net64 = copy.deepcopy(net).double()
+        def logits(v): return net64(v.double())
+    else: logits = net
+    plain = attack(name, logits, *right, eps=EPS, **QUICK[name])
+    shifted = attack(name, lambda v: logits(v) - 100, *right, eps=EPS, **QUICK[name])
+    assert torch.equal(wins(net, plain, right[1]), wins(net, shifted, right[1]))
+    assert (plain - shifted).abs().max() < 1e-4
+
+ORIGINALS = {
+    "apgd": ("autopgd_base", "APGDAttack", dict(n_iter=5, loss="ce"), dict(steps=5)),
+    "apgd-dlr": ("autopgd_base", "APGDAttack", dict(n_iter=7, loss="dlr", n_restarts=2), dict(steps=7, restarts=2)),
+    "apgd-t": ("autopgd_base", "APGDAttack_targeted", dict(n_iter=5, n_target_classes=4), dict(steps=5)),
+    "fab": ("fab_pt", "FABAttack_PT", dict(n_iter=5, n_restarts=2), dict(steps=5, restarts=2)),
+    "fab-t": ("fab_pt", "FABAttack_PT", dict(n_iter=5, targeted=True, n_target_classes=2), dict(steps=5, targets=2)),
+    "square": ("square", "SquareAttack", dict(n_queries=40), dict(steps=40)),
+}
+
+@pytest.mark.filterwarnings("ignore:there are 1 points with zero gradient")
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_parity_with_pyautoattack(net, right, name):
+    module, cls, theirs, ours = ORIGINALS[name]
+    make = getattr(importlib.import_module(f"pyautoattack.{module}"), cls)
+    with torch.no_grad(): expected = make(net, norm="Linf", eps=EPS, seed=4, **theirs).perturb(*right)
+    net.zero_grad()
+    assert torch.equal(attack(name, net, *right, eps=EPS, seed=4, **ours), expected)
+    assert not torch.equal(expected, right[0])
+
+@pytest.mark.parametrize("loss, name", [("ce", "pgd"), ("kl", "trades")])
+def test_rows_of_pgd_are_pgd(net, right, loss, name):
+    start = "gaussian" if loss == "kl" else "uniform"
+    expected = pgd(net, *right, eps=8/255, step_size=2/255, steps=20, loss=loss, start=start,
+                   generator=torch.Generator().manual_seed(7))
+    assert torch.equal(attack(name, net, *right, seed=7), expected)
+
+def test_cw_l2_equals_foolbox():
+    import foolbox
+    net, x, y = subject()
+    kept = net(x).argmax(1) == y
+    x, y = x[kept][:24], y[kept][:24]
+    settings = dict(binary_search_steps=6, steps=60, initial_const=1e-2)
+    theirs, _, _ = foolbox.attacks.L2CarliniWagnerAttack(**settings)(foolbox.PyTorchModel(net, (0, 1)), x, y, epsilons=None)
+    ours, found = cw_l2(net, x, y, **settings), theirs.flatten(1).amax(dim=1) > 0 # where it fails foolbox returns a black image
+    assert torch.equal(wins(net, ours, y), found) and found.float().mean() > .9
+    ours, theirs = length(ours - x, "l2")[found], length(theirs - x, "l2")[found]
+    assert ours.median().item() == pytest.approx(theirs.median().item(), rel=.01)
+    assert ((ours - theirs).abs() < .02 * theirs).float().mean() > .9
+
+def test_cw_l2_images_do_not_see_each_other(net, right):
+    x, y = right
+    options = dict(steps=30, binary_search_steps=4, initial_const=.1)
+    together, alone = (torch.cat([cw_l2(net, x[i:i + n].double().float(), y[i:i + n], **options) for i in range(0, 8, n)]) for n in (8, 1))
+    assert torch.allclose(length(together - x[:8], "l2"), length(alone - x[:8], "l2"), rtol=.01)
+
+@pytest.mark.parametrize("run", SETTINGS)
+def test_cw_linf_equals_the_record_of_the_original(run):
+    record = json.loads(RECORD.read_text())
+    net, x, y = subject()
+    assert torch.allclose(net(x[:3]), torch.tensor(record["logits"]), atol=2e-3)
+    settings = dict(record["settings"][run])
+    x_adv = cw_linf(net, x, y, steps=settings.pop("max_iter"), **settings)
+    assert wins(net, x_adv, y).int().tolist() == record["runs"][run]["misclassified"]
+    distance, expected = length(x_adv - x, "linf"), torch.tensor(record["runs"][run]["distance"])
+    assert torch.allclose(distance, expected, rtol=1e-3, atol=1e-5)
+
+@every
+def test_too_few_classes(net, right, name):
+    x, y = right[0], right[1] % 2
+    def two(v): return net(v)[:, :2]
+    if ATTACKS[name].min_classes == 2: attack(name, two, x, y, eps=EPS, **QUICK[name])
+    else:
+        with pytest.raises(ValueError, match=f"{name!r} compares at least . classes, but the model has 2; possible are: pgd"):
+            attack(name, two, x, y, **QUICK[name])
+
+@pytest.mark.parametrize("name, options, error, message", [
+    ("pdg", {}, ValueError, "did you mean 'pgd'"),
+    ("autoattack", {}, ValueError, "is not one of pgd, trades"),
+    ("apgd", dict(step=3), TypeError, "no option 'step' - did you mean 'steps'"),
+    ("apgd", dict(loss="dlr"), TypeError, "no option 'loss'"),
+    ("fab", dict(targets=2), TypeError, "no option 'targets'"),
+    ("square", dict(eps=-8/255), ValueError, "eps=-0.03"),
+    ("square", dict(eps=8), ValueError, "eps=8/255"),
+    ("apgd", dict(steps=0), ValueError, "nothing to do"),
+    ("apgd", dict(steps=2.5), ValueError, "integer, 0 or more"),
+    ("apgd", dict(seed="a"), ValueError, "seed='a' must be an integer"),
+    ("apgd-t", dict(targets=5), ValueError, "targets=5 must be an integer from 1 to 4"),
+    ("fab-t", dict(targets=0), ValueError, "targets=0"),
+    ("cw-l2", dict(confidence=-1), ValueError, "confidence=-1"),
+    ("cw-l2", dict(binary_search_steps=0), ValueError, "binary_search_steps=0"),
+    ("cw-linf", dict(decrease_factor=1), ValueError, "decrease_factor=1"),
+    ("cw-linf", dict(const_factor=1), ValueError, "const_factor=1"),
+    ("cw-linf", dict(initial_const=0), ValueError, "initial_const=0"),
+])
+def test_bad_requests(net, right, name, options, error, message):
+    with pytest.raises(error, match=message): attack(name, net, *right, **options)
+
+@every
+@pytest.mark.parametrize("change, error, message", [
+    (lambda x, y: (x[:0], y[:0]), ValueError, "non-empty"), (lambda x, y: (255 * x, y), ValueError, "divide by 255"),
+    (lambda x, y: (2 * x - 1, y), ValueError, "mean/std"), (lambda x, y: (x, None), ValueError, "needs the labels"),
+    (lambda x, y: (x, y + 5), ValueError, "classes 0 to 4"), (lambda x, y: (x, y.float()), TypeError, "int64"),
+])
+def test_bad_images_and_labels(net, right, name, change, error, message):
+    with pytest.raises(error, match=message): attack(name, net, *change(*right))
+
+def test_without_pyautoattack(net, right, monkeypatch):
+    for module in [m for m in sys.modules if m.startswith("pyautoattack")]: monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    for name in ORIGINALS:
+        with pytest.raises(ImportError, match=r"pip install 'weat_nb\[attacks\]'"): attack(name, net, *right)
+    for name in ATTACKS.keys() - ORIGINALS: attack(name, net, *right, **QUICK[name])
+
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_registry_in_the_callers_modes(net, right, around):
+    with around():
+        inputs = [t.clone() for t in right]
+        for name in ATTACKS:
+            x_adv = attack(name, net, *inputs, eps=EPS, **QUICK[name])
+            assert x_adv.dtype == torch.float32 and (x_adv != right[0]).any()
+
+def test_double_images(net, right):
+    x, y = right[0].double(), right[1]
+    model = lambda v: net(v.float())
+    for name in ATTACKS:
+        if name in ORIGINALS:
+            with pytest.raises(TypeError, match="x.float"): attack(name, model, x, y)
+        else: assert attack(name, model, x, y, **QUICK[name]).dtype == torch.float64
+
+def test_gradient_masking_is_said_with_its_cause(net, right):
+    def warned(name, model):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            attack(name, model, *right, eps=EPS, **QUICK[name])
+        return [str(w.message) for w in said if issubclass(w.category, GradientMaskingWarning)]
+    def loud(v): return 1e5 * net(v)
+    def flat(v): return net((v * 2).round() / 2 + 0 * v)
+    for name in ATTACKS:
+        assert not warned(name, net)
+        expected = {"softmax": "one-hot in float32", "logits": None, None: None}[ATTACKS[name].gradient]
+        assert [expected in text for text in warned(name, loud)] == ([True] if expected else [])
+        if ATTACKS[name].gradient:
+            text, = warned(name, flat)
+            assert "do not change with the pixels" in text and "100% of the 1" in text and name in text
+        else: assert not warned(name, flat)
+
+def test_square_needs_no_gradient(net, right):
+    def answers(v): return F.one_hot(net(v.detach()).argmax(1), 5).float()
+    assert attack("square", answers, *right, eps=.3, steps=40).shape == right[0].shape
+    for name in ATTACKS:
+        if ATTACKS[name].gradient:
+            with pytest.raises(ValueError, match="no gradient"): attack(name, answers, *right, **QUICK[name])
+
+def test_nan_logits_before_the_attack(net, right):
+    for name in ATTACKS:
+        with pytest.raises(FloatingPointError, match="natural images"): attack(name, lambda v: net(v) * math.nan, *right)
