@@ -1,0 +1,309 @@
+"The evaluation: AutoAttack as pyautoattack has it, evaluations killed and taken up, what is refused, and the results page"
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from pyautoattack import AutoAttack
+from safetensors.torch import save_file
+from torch import nn
+
+from weat_nb.data import ImageData, load_dataset, to_float
+from weat_nb.evaluate import EvaluationWarning, attack_batch, evaluate, load_model, weights_sha256
+from weat_nb.models import create_model
+from weat_nb.records import measured_table, paper_table, read_records
+
+root = Path(__file__).parent.parent
+EPS = dict(eps=.03, step_size=.01, show=False)
+
+
+def tiny(seed=0, classes=10):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, classes)).eval()
+
+
+def images_for(model, n=40, classes=10):
+    "Random images, most of them with the class that the model sees in them"
+    images = torch.randint(256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): labels = model(to_float(images)).argmax(1)
+    labels[::9] = (labels[::9] + 1) % classes
+    return ImageData(images, labels, tuple(map(str, range(classes))), 'toy')
+
+
+def numbers(record): return [{k: v for k, v in r.items() if k != 'seconds'} for r in record['results']]
+
+
+whole_version = AutoAttack._set_version
+
+
+def short_version(self, version='standard'):
+    "AutoAttack's four attacks with few iterations: batches, seeds and cascade are what is tested"
+    whole_version(self, version)
+    self.apgd.n_iter = self.apgd_targeted.n_iter = 5
+    self.fab.n_iter, self.square.n_queries = 5, 200
+
+
+@pytest.fixture
+def short(monkeypatch): monkeypatch.setattr(AutoAttack, '_set_version', short_version)
+
+
+def by_itself(model, data, batch_size, seed=0):
+    "pyautoattack without us: which images hold, and the accuracies it logs"
+    run = AutoAttack(model, eps=EPS['eps'], norm='Linf', seed=seed, version='standard')
+    said = []
+    run.logger = type('Log', (), {n: staticmethod(lambda text, *a: said.append(str(text))) for n in ('debug', 'info', 'warning')})
+    _, y_adv = run.run_standard_evaluation(to_float(data.images), data.labels, batch_size=batch_size)
+    return y_adv == data.labels, [s.split(': ')[1].split('%')[0] for s in said if s.startswith('robust accuracy after')]
+
+
+@pytest.mark.parametrize('batch_size, seed', [(16, 0), (40, 3)])
+def test_autoattack_is_pyautoattacks(short, batch_size, seed):
+    model = tiny()
+    data = images_for(model)
+    here = evaluate(model, data, ('autoattack',), batch_size=batch_size, seed=seed, **EPS)
+    there, after = by_itself(model, data, batch_size, seed)
+    assert torch.equal(here.correct['autoattack'], there)
+    result = here.record['results'][1]
+    assert [f'{v:.2f}' for k, v in result['after'].items() if k != 'clean'] == after
+    assert len(set(result['after'].values())) > 2 # several attacks broke something, so that the cascade has been seen
+
+
+def test_whole_autoattack():
+    "At its full length, on a few images"
+    model = tiny()
+    data = images_for(model, 4)
+    assert torch.equal(evaluate(model, data, ('autoattack',), batch_size=4, **EPS).correct['autoattack'], by_itself(model, data, 4)[0])
+
+
+def test_pgd_is_pgd():
+    from weat_nb.attacks import pgd
+    model = tiny()
+    data = images_for(model)
+    here = evaluate(model, data, ('pgd-20',), **EPS)
+    x_adv = pgd(model, to_float(data.images), data.labels, eps=.03, step_size=.01, steps=20, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): there = (model(x_adv).argmax(1) == data.labels) & here.correct['clean']
+    assert 0 < there.sum() < here.correct['clean'].sum()
+    assert (there != here.correct['pgd-20']).sum() <= 1 # another start, the same attack
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import torch, test_evaluate as t, weat_nb.evaluate as e
+torch.set_num_threads(1)
+t.AutoAttack._set_version = t.short_version
+slow, original = {slow}, e.attack_batch
+def attack_batch(*a, **k):
+    time.sleep(slow)
+    return original(*a, **k)
+e.attack_batch = attack_batch
+model = t.tiny()
+record = e.evaluate(model, t.images_for(model), ('clean', 'pgd-20', 'cw', 'autoattack'), state={state!r}, num_images=dict(autoattack=8), batch_size=4, **t.EPS).record
+print(t.json.dumps(t.numbers(record)))
+"""
+
+
+def test_killed_and_resumed(tmp_path):
+    "Killed by the system in the middle of its work, three times, and taken up: the numbers of one that ran through"
+    def start(state, slow):
+        code = KILLED.format(tests=str(root/'tests'), slow=slow, state=str(state))
+        return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    through = start(tmp_path/'through.json', 0)
+    state, done = tmp_path/'killed.json', 0
+    for more in (3, 12, 6): # batches until the next kill
+        process = start(state, .05)
+        while process.poll() is None:
+            count = sum(len(a['batches']) for a in json.loads(state.read_text())['attacks'].values()) if state.exists() else 0
+            if count >= done + more: process.send_signal(signal.SIGKILL)
+            time.sleep(.01)
+        assert process.returncode == -signal.SIGKILL, process.stderr.read()
+        done = sum(len(a['batches']) for a in json.loads(state.read_text())['attacks'].values())
+    kept = json.loads(state.read_text())['attacks']
+    last, (out, err) = start(state, 0), through.communicate()
+    again, _ = last.communicate()
+    assert json.loads(again) == json.loads(out), err
+    for name, entry in kept.items(): # what was there has not been computed again
+        for key, batch in entry['batches'].items(): assert json.loads(state.read_text())['attacks'][name]['batches'][key] == batch
+    assert not list(tmp_path.glob('.*.part'))
+
+
+class Small(nn.Module):
+    "A model on a device that holds eight images"
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        if len(x) > 8: raise torch.OutOfMemoryError('out of memory')
+        return self.inner(x)
+
+
+def test_batch_size_is_halved(short):
+    model = tiny()
+    data = images_for(model, 16)
+    found = evaluate(Small(model), data, ('pgd-20', 'autoattack'), **EPS)
+    assert [r['batch_size'] for r in found.record['results']] == [8, 8, 8] # 16 do not fit
+    expected = evaluate(model, data, ('pgd-20', 'autoattack'), batch_size=8, **EPS)
+    for name in expected.correct: assert torch.equal(found.correct[name], expected.correct[name])
+    with pytest.raises(MemoryError, match='a batch of 16 images does not fit.*smaller batch_size'): evaluate(Small(model), data, ('pgd-20',), batch_size=16, **EPS)
+
+
+def test_state_of_something_else_is_refused(tmp_path):
+    model, state = tiny(), tmp_path/'state.json'
+    data = images_for(model)
+    evaluate(model, data, ('pgd-5',), state, **EPS)
+    before = state.read_bytes()
+    other = ImageData(255 - data.images, data.labels, data.classes, data.name)
+    for given, options, message in [((tiny(1), data), {}, 'weights_sha256 is'), ((model, other), {}, 'images_sha256 is'), ((model, data), dict(seed=1), 'seed is 0 there and 1 here'),
+                                    ((model, data), dict(num_images=20), 'clean .num_images is 40 there and 20 here'), ((model, data), dict(step_size=.02), 'pgd-5 .step_size is 0.01 there and 0.02 here')]:
+        with pytest.raises(ValueError, match=message): evaluate(*given, ('pgd-5',), state, **{**EPS, **options})
+    with pytest.raises(ValueError, match='the state holds batches of 40 images, given batch_size = 7'): evaluate(model, data, ('pgd-5',), state, batch_size=7, **EPS)
+    assert state.read_bytes() == before
+    for text in ('{"format"', '[]', '{"format": "other"}'):
+        state.write_text(text)
+        with pytest.raises(ValueError, match='is no state of an evaluation'): evaluate(model, data, ('pgd-5',), state, **EPS)
+
+
+def test_state_takes_more_attacks(tmp_path, monkeypatch):
+    model = tiny()
+    data = images_for(model)
+    first = evaluate(model, data, ('pgd-5',), tmp_path/'state.json', **EPS)
+    seen = []
+    monkeypatch.setattr('weat_nb.evaluate.attack_batch', lambda part, *a, **k: (seen.append(part), attack_batch(part, *a, **k))[1])
+    more = evaluate(model, data, ('pgd-5', 'cw'), tmp_path/'state.json', **EPS)
+    assert seen == ['cw'] and numbers(more.record)[:2] == numbers(first.record)
+
+
+def test_model_and_random_state_are_left_alone(short):
+    model = tiny().train()
+    model[0].weight.requires_grad_(False)
+    data, rng = images_for(model), torch.get_rng_state()
+    before = weights_sha256(model)
+    evaluate(model, data, ('pgd-5', 'cw', 'autoattack'), num_images=dict(autoattack=8), **EPS)
+    assert torch.equal(torch.get_rng_state(), rng) and model.training and weights_sha256(model) == before
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True, True] and not any(p.grad is not None for p in model.parameters())
+
+
+class Rounded(nn.Module):
+    "A network behind rounded pixels: no gradient reaches them"
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x): return self.inner(x + ((x*20).round()/20 - x).detach() - x + x.detach())
+
+
+def test_masked_gradients_are_reported(short):
+    model = Rounded(tiny())
+    data = images_for(model)
+    with pytest.warns(EvaluationWarning) as seen: record = evaluate(model, data, ('pgd-20', 'autoattack'), **EPS).record
+    texts = [str(w.message) for w in seen]
+    assert [t.split(':')[0] for t in texts] == ['zero gradients', 'gradient masking'] and record['warnings'] == texts
+    clean = record['results'][0]
+    assert clean['zero_gradients'] == round(clean['accuracy']*40/100)
+
+
+def test_no_warning_without_reason(short):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model = tiny()
+        assert evaluate(model, images_for(model), ('pgd-5', 'autoattack'), **EPS).record['warnings'] == []
+
+
+def test_above_the_record():
+    model = tiny()
+    data = images_for(model)
+    data = ImageData(data.images, data.labels, data.classes, 'cifar10')
+    with pytest.warns(EvaluationWarning, match='too good: .* under pgd-1 on 40 images is above the published record for cifar10, 75.28 %'):
+        evaluate(model, data, ('pgd-1',), eps=8/255, step_size=1e-4, show=False)
+
+
+class NoGradient(Small):
+    def forward(self, x):
+        with torch.no_grad(): return self.inner(x)
+
+
+def test_no_gradient_and_no_number():
+    model = NoGradient(tiny())
+    data = images_for(model)
+    with pytest.warns(EvaluationWarning, match='zero gradients: .* none at 35 of 35'): evaluate(model, data, ('clean',), **EPS)
+    with torch.no_grad(): model.inner[3].bias.fill_(float('nan'))
+    with pytest.raises(FloatingPointError, match='NaN or infinite'): evaluate(model, data, ('clean',), **EPS)
+
+
+def test_refused():
+    model = tiny(classes=4)
+    with pytest.raises(ValueError, match='needs 10 classes; toy has 4'): evaluate(model, images_for(model, classes=4), ('autoattack',), **EPS)
+    model = tiny()
+    with pytest.raises(ValueError, match="'toy' has no protocol: give eps and step_size"): evaluate(model, images_for(model), ('pgd-5',))
+
+
+def test_autoattack_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pyautoattack', None)
+    model = tiny()
+    with pytest.raises(ImportError, match="pip install 'weat_nb.attacks.'"): evaluate(model, images_for(model), ('autoattack',), **EPS)
+
+
+def test_record_says_what_was_run(tmp_path):
+    model, about, dataset = load_model('fashion_mini-sat-resnet8')
+    data = load_dataset(dataset, 'test')[:10]
+    record = evaluate(model, data, ('pgd-5', 'cw'), tmp_path/'state.json', num_images=dict(cw=5), about=about, show=False).record
+    assert str(tmp_path) not in json.dumps(record) and str(Path.home()) not in json.dumps(record)
+    assert record['model']['training']['objective'] == 'sat' and record['model']['arch'] == 'resnet8' and len(record['model']['file_sha256']) == 64
+    pgd, cw = record['results'][1:]
+    assert {**pgd, 'seconds': 0, 'accuracy': 0, 'standard_error': 0} == dict(attack='pgd-5', num_images=10, norm='linf', eps=.1, loss='ce', start='uniform', steps=5, step_size=.03, batch_size=10, accuracy=0, standard_error=0, seconds=0)
+    assert cw['num_images'] == 5 and cw['accuracy_any_distance'] <= cw['accuracy']
+    assert {'weat_nb', 'python', 'torch'} == set(record['versions'])
+
+
+@pytest.mark.parametrize('ending', ['.pth', '.safetensors'])
+def test_bare_weights(ending, tmp_path):
+    model, path = create_model('resnet8', 10, 1, 28, seed=4).eval(), tmp_path/f'weights{ending}'
+    save_file(model.state_dict(), path) if ending == '.safetensors' else torch.save(dict(state_dict={f'module.{k}': v for k, v in model.state_dict().items()}), path)
+    loaded, about, dataset = load_model(path, arch='resnet8', dataset='fashion_mini')
+    x = torch.rand(2, 1, 28, 28)
+    with torch.no_grad(): assert torch.equal(loaded(x), model(x))
+    assert about['name'] == f'{tmp_path.name}/weights{ending}' and dataset == 'fashion_mini'
+    with pytest.raises(ValueError, match='does not hold the weights of resnet20'): load_model(path, arch='resnet20', dataset='fashion_mini')
+    with pytest.raises(ValueError, match='name the dataset'): load_model(path, arch='resnet8')
+    with pytest.raises(ValueError, match='mean and std belong to bare weights'): load_model('fashion_mini-sat-resnet8', mean=[.5], std=[.5])
+    with pytest.raises(FileNotFoundError): load_model(tmp_path/f'nothing{ending}', arch='resnet8', dataset='fashion_mini')
+
+
+def test_robustbench_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'robustbench', None)
+    with pytest.raises(ImportError, match='needs the package robustbench.*pip install'): load_model('robustbench:Engstrom2019Robustness', dataset='cifar10')
+
+
+@pytest.mark.parametrize('parameters, message', [
+    (dict(atacks='clean'), "unknown parameter 'atacks' - did you mean 'attacks'"), (dict(attacks='clean, fgsm'), "attack 'fgsm' is not one of clean, pgd-20")], ids=lambda v: str(v)[:20])
+def test_bad_parameters_stop_before_any_work(parameters, message, tmp_path):
+    import papermill
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
+        papermill.execute_notebook(root/'nbs/09_evaluate.ipynb', tmp_path/'out.ipynb', parameters, cwd=tmp_path, progress_bar=False)
+    assert [p.name for p in tmp_path.iterdir()] == ['out.ipynb']
+
+
+page = root/'nbs/results/index.ipynb'
+
+
+def test_results_page_shows_the_records(tmp_path):
+    "The saved page is what its records give when it is run again"
+    import papermill
+    papermill.execute_notebook(page, tmp_path/'out.ipynb', cwd=page.parent, progress_bar=False)
+    tables = [[''.join(o['data']['text/markdown']) for c in json.loads(p.read_text())['cells'] for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})] for p in (page, tmp_path/'out.ipynb')]
+    assert tables[0] == tables[1], 'run the page again: papermill --cwd nbs/results nbs/results/index.ipynb nbs/results/index.ipynb && nbdev-clean'
+    records = read_records(page.parent/'records')
+    assert tables[0][:2] == [measured_table(records)._repr_markdown_(), paper_table(records)._repr_markdown_()]
+    assert len(tables[0][2].splitlines()) == len(records) + 2 and 'wanted' in tables[0][1]
+
+
+def test_records_hold_no_paths_of_machines():
+    records = [(p.name, p.read_text()) for p in (page.parent/'records').glob('*.json')]
+    assert records and not [name for name, text in records if re.search(r'"(~|/|[A-Z]:)', text)]
