@@ -1,0 +1,55 @@
+"The parameter files are the paper's protocol, the grid is all of them, and the page of the experiments says what the records say"
+import json
+from pathlib import Path
+
+import papermill
+import pytest
+
+from weat_nb.grid import notebook_parameters, read_grid
+from weat_nb.train import TrainConfig
+
+yaml = pytest.importorskip('yaml')
+root = Path(__file__).parent.parent
+files = sorted(p for p in (root/'experiments').glob('*.yaml') if not p.stem.startswith('grid'))
+ROWS = [(d, o) for d in ('cifar10', 'cifar100', 'svhn', 'tiny_imagenet') for o in ('sat', 'trades', 'mart', 'mail_trades', 'weat_nat', 'weat_adv')]
+SHOWN = {'dataset', 'objective', 'arch', 'epochs', 'eps', 'step_size', 'lr', 'weight_decay', 'attack_steps', 'batch_size'}
+
+
+def test_a_file_for_each_row(): assert {p.stem for p in files} == {f'{d}_{o}' for d, o in ROWS}
+
+
+@pytest.mark.parametrize('path', files, ids=lambda p: p.stem)
+def test_a_file_is_the_protocol(path):
+    "Written out in full, and nothing else than the row's protocol"
+    given = yaml.safe_load(path.read_text())
+    config = TrainConfig(**given, device='cpu')
+    assert path.stem == f'{config.dataset}_{config.objective}'
+    assert set(given) == SHOWN | ({'beta'} if config.beta is not None else set()) <= set(notebook_parameters(root/'nbs/04_train_weat.ipynb'))
+    assert config.identity() == TrainConfig(dataset=config.dataset, objective=config.objective, arch='resnet18', device='cpu').identity()
+
+
+def test_supplement_a3():
+    "The numbers that A.3 prints, checked against the files and not against the code that they are compared with above"
+    given = {p.stem: yaml.safe_load(p.read_text()) for p in files}
+    for e in given.values(): assert (e['epochs'], e['step_size']) == ((30, '1/255') if e['dataset'] == 'svhn' else (100, '2/255'))
+    assert {n: given[n]['beta'] for n in ('cifar10_weat_adv', 'svhn_weat_adv', 'cifar100_weat_adv', 'cifar100_weat_nat', 'cifar10_trades', 'svhn_mail_trades')} == dict(
+        cifar10_weat_adv=6, svhn_weat_adv=6, cifar100_weat_adv=7, cifar100_weat_nat=6, cifar10_trades=6, svhn_mail_trades=5)
+    assert {(e['eps'], e['lr'], e['weight_decay'], e['arch']) for e in given.values()} == {('8/255', .1, 5e-4, 'resnet18')}
+
+
+def test_the_grid_is_the_files():
+    runs = read_grid(root/'experiments/grid.yaml').runs
+    found = [TrainConfig(**run.stages[0].given, device='cpu').identity() for run in runs]
+    wanted = [TrainConfig(**yaml.safe_load(p.read_text()), device='cpu').identity() for p in files]
+    assert sorted(map(json.dumps, found)) == sorted(map(json.dumps, wanted))
+    assert len(read_grid(root/'experiments/grid_fashion_mini.yaml').runs) == 8
+
+
+def tables(nb): return [''.join(o['data'].get('text/markdown', '')) for c in nb['cells'] if c['cell_type'] == 'code' for o in c['outputs'] if 'data' in o]
+
+
+def test_the_page_is_up_to_date(tmp_path):
+    page = root/'nbs/experiments.ipynb'
+    fresh = tables(papermill.execute_notebook(page, tmp_path/'out.ipynb', cwd=tmp_path, progress_bar=False))
+    assert fresh[0].count('\n') == 25
+    assert fresh == tables(json.loads(page.read_text())), 'the records or the parameter files have changed: run nbdev-test --path nbs/experiments.ipynb --save && nbdev-clean'
