@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from weat_nb.attacks import pgd
-from weat_nb.losses import (OBJECTIVES, get_objective, kl_divergence, mail_trades_loss, mart_loss, probabilistic_margin,
-                            sat_loss, trades_loss, weat_loss)
+from weat_nb.losses import (OBJECTIVES, der_loss, get_objective, kl_divergence, mail_trades_loss, mart_loss,
+                            probabilistic_margin, sat_loss, trades_loss, weat_loss)
+
+GAMMA = dict(der=1., der_single_step=0.) # of the rows
 
 def logits(k, m=32, seed=0, scale=2.):
     gen = torch.Generator().manual_seed(seed)
@@ -24,6 +26,8 @@ def naive(name, z, z_adv, y, beta):
     wrong = q.masked_fill(nn.functional.one_hot(y, z.shape[1]).bool(), 0).amax(1)
     w = (1 / torch.log(1 + torch.exp((-z.exp().sum(1).log()).abs()))).detach()
     margin = (wrong - q[rows, y]).detach()
+    marginal, joint = (z_adv.exp().sum(1) / z.exp().sum(1)).log(), z_adv[rows, y] - z[rows, y]
+    drift = ((marginal**2 + joint**2).sqrt() - GAMMA.get(name, 0)).clamp(min=0)
     return {
         "standard": lambda: ce,
         "sat": lambda: ce_adv,
@@ -32,6 +36,8 @@ def naive(name, z, z_adv, y, beta):
         "mail_trades": lambda: ce + beta * kl * 3 / (1 + torch.exp(-2 * margin)),
         "weat_nat": lambda: ce * w + beta * kl * w,
         "weat_adv": lambda: ce_adv * w + beta * kl * w,
+        "der": lambda: ce_adv + beta * drift,
+        "der_single_step": lambda: ce_adv + beta * drift * (q[rows, y] > p[rows, y]),
     }[name]()
 
 def call(name, z, z_adv, y, **options):
@@ -116,16 +122,47 @@ def test_what_is_detached_and_what_is_not():
     # The natural side of the divergence is trained too.
     assert gradient(lambda t: kl_divergence(t, z_adv)).abs().max() > 1e-2
 
+def test_der_charges_beyond_gamma_and_only_abnormal_examples():
+    "Four samples of two classes by hand: ΔE(x, y) is the move of the label's logit, both energies known"
+    y = torch.zeros(4, dtype=torch.int64)
+    z = torch.tensor([[0., 0.]]).repeat(4, 1)
+    z_adv = z + torch.tensor([[3., 3.], [-3., -3.], [4., 0.], [0., 4.]]) # shifted up, shifted down, abnormal, attacked
+    drift = torch.tensor([18**.5, 18**.5, math.hypot(4, math.log((math.e**4 + 1) / 2)), math.log((math.e**4 + 1) / 2)])
+    def charged(**options): return der_loss(z, z_adv, y, reduction="none", beta=2., **options) - sat_loss(None, z_adv, y, reduction="none")
+    assert torch.allclose(charged(gamma=0.), 2 * drift)
+    assert torch.allclose(charged(gamma=4.), 2 * torch.tensor([18**.5 - 4, 18**.5 - 4, drift[2] - 4, 0.]), atol=1e-5)
+    assert torch.allclose(charged(gamma=1., abnormal_only=True), 2 * torch.tensor([0., 0., drift[2] - 1, 0.]), atol=1e-5)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("abnormal_only", [False, True])
+def test_der_is_smooth_where_nothing_has_moved(dtype, abnormal_only):
+    "ΔE = 0, where the square root has an infinite slope: the gradient is that of SAT"
+    z = torch.tensor([[1., -2., 0.], [1e4, -1e4, 0.], [0., 0., 0.]], dtype=dtype)
+    a, b, y = z.clone().requires_grad_(), z.clone().requires_grad_(), torch.tensor([1, 0, 2])
+    grads = torch.autograd.grad(der_loss(a, b, y, gamma=0., abnormal_only=abnormal_only), (a, b))
+    expected, = torch.autograd.grad(sat_loss(None, b, y), b)
+    assert torch.equal(grads[0], torch.zeros_like(z)) and torch.equal(grads[1], expected)
+
+def test_der_trains_both_sides():
+    z, z_adv, y = logits(10)
+    a, b = z.requires_grad_(), z_adv.requires_grad_()
+    grads = torch.autograd.grad(der_loss(a, b, y, gamma=0.), (a, b))
+    assert grads[0].abs().max() > 1e-3
+    # E(x) and E(x, y) enter as differences: the gradients of the two images cancel but for the cross-entropy's.
+    ce, = torch.autograd.grad(sat_loss(None, b, y), b)
+    assert torch.allclose(grads[0].sum(1), -(grads[1] - ce).sum(1), atol=1e-12)
+
 def test_probabilistic_margin_has_the_right_sign():
     z = torch.tensor([[9., 0., 0.]]).repeat(2, 1)
     right, wrong = probabilistic_margin(z, torch.tensor([0, 1]))
     assert -1 <= right < -.99 and .99 < wrong <= 1
 
 def test_table():
-    assert list(OBJECTIVES) == ["standard", "sat", "trades", "mart", "mail_trades", "weat_nat", "weat_adv"]
+    assert list(OBJECTIVES) == ["standard", "sat", "trades", "mart", "mail_trades", "weat_nat", "weat_adv", "der",
+                                "der_single_step"]
     assert all(name == o.name for name, o in OBJECTIVES.items())
-    assert [o.beta for o in OBJECTIVES.values()] == [None, None, 6, 5, 5, 6, 6]
-    assert [o.attack for o in OBJECTIVES.values()] == [None, "ce", "kl", "ce", "kl", "kl", "kl"]
+    assert [o.beta for o in OBJECTIVES.values()] == [None, None, 6, 5, 5, 6, 6, 1, 5]
+    assert [o.attack for o in OBJECTIVES.values()] == [None, "ce", "kl", "ce", "kl", "kl", "kl", "ce", "ce"]
     assert [o.name for o in OBJECTIVES.values() if o.burn_in] == ["mail_trades"]
     with pytest.raises(dataclasses.FrozenInstanceError): OBJECTIVES["sat"].beta = 1.
 
@@ -168,6 +205,9 @@ def test_bad_input():
         (lambda: trades_loss(z, z_adv, y, beta=math.nan), ValueError, "beta=nan"),
         (lambda: trades_loss(z, z_adv, y, beta="6"), ValueError, "beta='6'"),
         (lambda: weat_loss(z, z_adv, y, variant="both"), ValueError, "adv, nat"),
+        (lambda: der_loss(z, z_adv, y, gamma=-1), ValueError, "gamma=-1"),
+        (lambda: der_loss(z, z_adv, y, gamma=math.inf), ValueError, "gamma=inf"),
+        (lambda: der_loss(z, z_adv, y, beta=-1), ValueError, "beta=-1"),
         (lambda: trades_loss(z, z_adv[:3], y), ValueError, "same shape"),
         (lambda: trades_loss(z, z_adv, y[:3]), ValueError, "y must have shape"),
         (lambda: trades_loss(z, z_adv, y.float()), TypeError, "int64"),

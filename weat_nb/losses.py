@@ -1,4 +1,4 @@
-"""SAT, TRADES, MART, MAIL-TRADES, WEAT_NAT and WEAT_ADV as rows of one table
+"""SAT, TRADES, MART, MAIL-TRADES, WEAT_NAT, WEAT_ADV and DER as rows of one table
 
 Docs: https://weat-nb.github.io/weat_nb/losses.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://weat-nb.github.io/weat_nb/losses.html.md"""
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'kl_divergence', 'standard_loss', 'sat_loss', 'trades_loss', 'mart_loss', 'probabilistic_margin',
-           'mail_trades_loss', 'weat_loss', 'Objective', 'get_objective']
+           'mail_trades_loss', 'weat_loss', 'der_loss', 'Objective', 'get_objective']
 
 # %% ../nbs/03_losses.ipynb #67115400
 import math
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .energy import _check_labels, _checked_logits, energy_weight, marginal_energy
+from .energy import _check_labels, _checked_logits, delta_energy, energy_weight, marginal_energy
 from .params import suggest
 
 # %% ../nbs/03_losses.ipynb #7dd81b8b
@@ -33,10 +33,10 @@ def _inputs(y:Tensor, **logits:Tensor)->list[Tensor]:
     _check_labels(y, checked[0])
     return checked
 
-def _check_beta(beta:float)->None:
-    "β is the price of a term: a number, 0 or more"
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta < math.inf:
-        raise ValueError(f"beta={beta!r} must be a finite number, 0 or more")
+def _check_beta(value:float, name:str="beta")->None:
+    "β is the price of a term, γ what is free of it: a number, 0 or more"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value!r} must be a finite number, 0 or more")
 
 def _reduce(values:Tensor, reduction:str)->Tensor:
     "Values of the samples to one number, or as they are"
@@ -164,6 +164,27 @@ def weat_loss(
     classify = _cross_entropy(z_adv if variant == "adv" else z, y)
     return _reduce(weight * classify + beta * weight * kl_divergence(z, z_adv), reduction)
 
+# %% ../nbs/03_losses.ipynb #a14699b7
+def der_loss(
+    logits:Tensor, # (B, K) logits at x
+    logits_adv:Tensor, # (B, K) logits at x*
+    y:Tensor, # (B,) int64 labels
+    *,
+    beta:float = 1., # price of a nat of distance beyond gamma; a choice of this project
+    gamma:float = 1., # distance that is free, in nats; a choice of this project
+    abnormal_only:bool = False, # charge only where the attack has lowered the loss: the form for single-step training
+    reduction:str = "mean", # "mean", "sum" or "none"
+)->Tensor: # a number, or (B,)
+    r"DER (arXiv 2505.22486): $-\log p^\star_y + \beta\,[\mathbb{1}]\max(\lVert[\Delta E(x), \Delta E(x, y)]\rVert_2 - \gamma, 0)$"
+    _check_beta(beta)
+    _check_beta(gamma, "gamma")
+    z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
+    drift = torch.stack([delta_energy(z, z_adv), delta_energy(z, z_adv, y)])
+    excess = F.relu(torch.linalg.vector_norm(drift, dim=0) - gamma) # this norm's gradient is 0 at 0, where that of sqrt is NaN
+    loss_adv = _cross_entropy(z_adv, y)
+    if abnormal_only: excess = excess * (loss_adv < _cross_entropy(z, y))
+    return _reduce(loss_adv + beta * excess, reduction)
+
 # %% ../nbs/03_losses.ipynb #52b83998
 @dataclass(frozen=True)
 class Objective:
@@ -171,7 +192,7 @@ class Objective:
     name:str # key in OBJECTIVES
     attack:str|None # what the inner PGD maximises: "ce" or "kl"; None: no attack
     start:str|None # where PGD begins: "uniform" or "gaussian"; None: no attack
-    beta:float|None # default price of the divergence; None: the method has none
+    beta:float|None # default price of the second term; None: the method has none
     needs_clean:bool # does the loss read the logits at x?
     needs_adv:bool # does the loss read the logits at x*?
     burn_in:bool # are the weights switched on only after a burn-in?
@@ -185,7 +206,7 @@ class Objective:
         logits_adv:Tensor|None, # (B, K) logits at x*; None if not needs_adv
         y:Tensor, # (B,) int64 labels
         *,
-        beta:float|None = None, # price of the divergence; None: the default of the row
+        beta:float|None = None, # price of the second term; None: the default of the row
         weighted:bool = True, # False during a burn-in; only rows with burn_in read it
         reduction:str = "mean", # "mean", "sum" or "none"
     )->Tensor: # a number, or (B,)
@@ -196,7 +217,7 @@ class Objective:
         if self.burn_in: options["weighted"] = weighted
         return self.function(logits, logits_adv, y, reduction=reduction, **options)
 
-# %% ../nbs/03_losses.ipynb #a14699b7
+# %% ../nbs/03_losses.ipynb #a173a331
 OBJECTIVES:dict[str, Objective] = {o.name: o for o in (
     Objective("standard", None, None, None, True, False, False,
               "CE(x)", "1", "natural training", standard_loss),
@@ -215,6 +236,11 @@ OBJECTIVES:dict[str, Objective] = {o.name: o for o in (
     Objective("weat_adv", "kl", "gaussian", 6., True, True, False,
               "w CE(x*) + β w KL(p ‖ p*)", "w = 1/log(1 + exp |E(x)|), detached", "Mirza et al., ECCV 2024",
               partial(weat_loss, variant="adv")),
+    Objective("der", "ce", "uniform", 1., True, True, False,
+              "CE(x*) + β max(‖ΔE‖ − γ, 0)", "1", "Mirza et al., arXiv 2505.22486", der_loss),
+    Objective("der_single_step", "ce", "uniform", 5., True, True, False,
+              "CE(x*) + β w ‖ΔE‖", "w = 1 where CE(x*) < CE(x), else 0", "Mirza et al., arXiv 2505.22486",
+              partial(der_loss, gamma=0., abnormal_only=True)),
 )}
 
 # %% ../nbs/03_losses.ipynb #d3d4aced
