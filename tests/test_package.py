@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).parent.parent
-EXTRAS = ('fastcore', 'matplotlib', 'papermill', 'nbdev', 'IPython', 'jupyterlab', 'sympy', 'pytest')
+EXTRAS = ('fastcore', 'matplotlib', 'papermill', 'nbdev', 'IPython', 'jupyterlab', 'sympy', 'pytest', 'pyautoattack', 'skimage', 'torch_fidelity', 'submitit', 'scipy', 'yaml')
 
 
 def python(code, **options):
@@ -35,7 +35,7 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_data_and_licences(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert 'weat_nb/py.typed' in names
-    assert {Path(n).name for n in names if n.startswith('weat_nb/assets/')} == {p.name for p in (root/'weat_nb/assets').iterdir()}
+    assert {Path(n).name for n in names if n.startswith('weat_nb/assets/')} == {p.name for p in (root/'weat_nb/assets').rglob('*') if p.is_file()}
     assert {Path(n).name for n in names if '/licenses/' in n} >= {'LICENSE', 'LICENSE-fashion-mnist'}
     assert not [n for n in names if n.startswith(('tests', 'nbs'))]
     assert wheel.stat().st_size < 15e6
