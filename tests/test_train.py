@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import weat_nb.train as train
-from weat_nb.checkpoints import load_checkpoint
+from weat_nb.checkpoints import load_checkpoint, load_tensors
 from weat_nb.data import load_dataset
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
@@ -74,10 +74,10 @@ fit(TrainConfig(epochs=3, **{TINY!r}), {str(tmp_path/'killed')!r})"""
 def test_two_processes_train_as_one(tmp_path):
     "Synchronised batch normalisation and shares of one batch: the same run up to rounding, which training amplifies"
     config = TrainConfig(epochs=1, **TINY)
-    one, two = fit(config, tmp_path/'one'), fit(config, tmp_path/'two', num_processes=2)
+    one, two = [fit(config, tmp_path/name, num_processes=n, snapshots=[0, 1], snapshot_images=20) for name, n in (('one', 1), ('two', 2))]
     assert one.history[0]['loss'] == pytest.approx(two.history[0]['loss'], rel=1e-4)
     assert one.history[0]['energy_nat_mean'] == pytest.approx(two.history[0]['energy_nat_mean'], abs=1e-2)
-    assert {p.name for p in (tmp_path/'one').iterdir()} == {p.name for p in (tmp_path/'two').iterdir()}
+    assert {p.relative_to(tmp_path/'one') for p in (tmp_path/'one').rglob('*')} == {p.relative_to(tmp_path/'two') for p in (tmp_path/'two').rglob('*')}
     with pytest.raises(ValueError, match='batch_size = 128 cannot be shared equally by 3 processes'): fit(config, tmp_path/'three', num_processes=3)
 
 
@@ -118,6 +118,40 @@ def test_stopped_between_state_and_metrics(tmp_path, monkeypatch):
     assert not (tmp_path/'run/metrics.jsonl').exists()
     assert fit(config, tmp_path/'run').history == whole.history
     assert (tmp_path/'run/metrics.jsonl').read_bytes() == (tmp_path/'whole/metrics.jsonl').read_bytes()
+
+
+def test_snapshots(tmp_path, monkeypatch):
+    "They change nothing, a run stopped between snapshot and state has the same ones as one that was not, byte for byte, and what can no longer be taken is refused"
+    config, epochs = TrainConfig(epochs=2, **TINY), (0, 1, 2)
+    plain, whole = fit(config, tmp_path/'plain'), fit(config, tmp_path/'whole', snapshots=epochs, snapshot_images=40)
+    assert plain.history == whole.history and not (tmp_path/'plain/snapshots').exists()
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), whole.model.state_dict().values()))
+
+    def fail(*args): raise KeyboardInterrupt
+    for done in range(2): # once in each epoch
+        with monkeypatch.context() as patch:
+            patch.setattr(train, '_commit' if done else 'check_finite', fail)
+            with pytest.raises(KeyboardInterrupt): fit(config, tmp_path/'stopped', snapshots=epochs, snapshot_images=40)
+    fit(config, tmp_path/'stopped', snapshots=epochs, snapshot_images=40)
+    files = [train.snapshot_file(tmp_path/'whole', e) for e in epochs]
+    assert sorted((tmp_path/'stopped/snapshots').iterdir()) == [train.snapshot_file(tmp_path/'stopped', e) for e in epochs]
+    for file in files: assert file.read_bytes() == (tmp_path/'stopped/snapshots'/file.name).read_bytes()
+
+    tensors, metadata = load_tensors(files[2])
+    images = training_data(config)[0]
+    assert metadata['epoch'] == 2 and metadata['config'] == config.identity()
+    assert torch.equal(tensors['labels'], images.labels[tensors['indices']]) and len(tensors['indices'].unique()) == 40
+    last, _ = load_checkpoint(tmp_path/'whole/last.safetensors')
+    again = train.measure_energies(last, images[tensors['indices']], eps=config.eps, step_size=config.step_size, seed=config.seed)
+    assert all(torch.equal(again[k], tensors[k]) for k in again)
+
+    with pytest.raises(ValueError, match='epoch 0 was not taken.*already at epoch 2'): fit(config, tmp_path/'plain', snapshots=epochs)
+    assert fit(config, tmp_path/'plain', snapshots=[2], snapshot_images=40).history == plain.history # the state is that of epoch 2
+    assert train.snapshot_file(tmp_path/'plain', 2).read_bytes() == files[2].read_bytes()
+    with pytest.raises(ValueError, match='holds 40 images, not the 30'): fit(config, tmp_path/'whole', snapshots=epochs, snapshot_images=30)
+    with pytest.raises(ValueError, match='there is no epoch 3'): fit(config, tmp_path/'new', snapshots=[3])
+    with pytest.raises(ValueError, match='snapshot_images = 0'): fit(config, tmp_path/'new', snapshots=[1], snapshot_images=0)
+    assert not (tmp_path/'new').exists()
 
 
 def test_finished_run_is_read_not_repeated(tmp_path, monkeypatch):

@@ -6,14 +6,15 @@ Docs: https://weat-nb.github.io/weat_nb/train_weat.html.md"""
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'BETAS', 'protocol', 'TrainConfig', 'one_cycle', 'measure_energies', 'summarise', 'training_data',
-           'epoch_batches', 'NonFiniteError', 'check_finite', 'TrainResult', 'fit', 'fit_worker', 'run_name']
+           'epoch_batches', 'snapshot_file', 'snapshot_indices', 'NonFiniteError', 'check_finite', 'TrainResult', 'fit',
+           'fit_worker', 'run_name']
 
 # %% ../nbs/04_train_weat.ipynb #d9bdcb38
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -60,7 +61,7 @@ class TrainConfig:
     "One training run: what is trained on what, how, and from which seed"
     dataset:str = param(str, 'training data', default='fashion_mini', choices=DATASETS)
     objective:str = param(str, 'training objective', default='weat_adv', choices=OBJECTIVES)
-    beta:float|None = param(float, 'weight of the KL term', low=0)
+    beta:float|None = param(float, 'weight of the second term', low=0)
     arch:str|None = param(str, 'network', choices=ARCHS)
     epochs:int|None = param(int, 'passes over the training images', low=1)
     eps:float|None = param(float, 'radius of the l-inf ball, pixels in [0, 1]', above=0, high=1)
@@ -193,6 +194,37 @@ def epoch_batches(
             x, y = torch.cat([x, more]), torch.cat([y, aux.labels[chosen]])
         yield x, y
 
+# %% ../nbs/04_train_weat.ipynb #50c9d758
+def snapshot_file(
+    run_dir:str|Path, # the run folder
+    epoch:int, # passes over the training images so far; 0: before training
+)->Path: # a safetensors file
+    "Where `fit` keeps the energies of an epoch"
+    return Path(run_dir)/'snapshots'/f'epoch_{epoch:03d}.safetensors'
+
+def snapshot_indices(
+    num_train:int, # training images of the run
+    num_images:int, # how many to choose; all where there are fewer
+    seed:int, # of the run
+)->Tensor: # (num_images,) int64, ascending, positions among the training images
+    "The training images whose energies are followed"
+    return torch.randperm(num_train, generator=torch.Generator().manual_seed(seed))[:num_images].sort().values
+
+def _take_snapshot(run:Path, model:nn.Module, epoch:int, train:ImageData, chosen:Tensor, config:TrainConfig)->None:
+    images = train[chosen]
+    measured = measure_energies(model, images, eps=config.eps, step_size=config.step_size, seed=config.seed)
+    save_tensors(snapshot_file(run, epoch), {**measured, 'labels': images.labels, 'indices': chosen}, dict(epoch=epoch, config=config.identity(), version=__version__))
+
+def _check_snapshots(run:Path, epochs:Collection[int], chosen:Tensor, done:int)->None:
+    "Refuse snapshots that can no longer be taken, and others than those there are"
+    for epoch in sorted(epochs):
+        file = snapshot_file(run, epoch)
+        if file.exists():
+            there = load_tensors(file)[0]['indices']
+            if not torch.equal(there, chosen): raise ValueError(f'{file} holds {len(there)} images, not the {len(chosen)} asked for: give snapshot_images={len(there)}, or name another run_dir')
+        elif epoch < done:
+            raise ValueError(f'the snapshot of epoch {epoch} was not taken and {run} is already at epoch {done}: leave it out of snapshots, or name another run_dir')
+
 # %% ../nbs/04_train_weat.ipynb #cff57006
 class NonFiniteError(RuntimeError):
     "The loss or a gradient is NaN or infinite"
@@ -212,7 +244,7 @@ def check_finite(
     what = f'the loss is {loss.item()}' + (f'; the gradient of {bad[0]} and {len(bad) - 1} more is not finite' if bad else '')
     raise NonFiniteError(f'{where}: {what}. {_ADVICE}')
 
-# %% ../nbs/04_train_weat.ipynb #50c9d758
+# %% ../nbs/04_train_weat.ipynb #11490281
 @dataclass(frozen=True)
 class TrainResult:
     "A finished run"
@@ -231,20 +263,26 @@ def fit(
     num_nodes:int = 1, # machines that call this together, with one run_dir that all of them see
     node_rank:int = 0, # number of this machine
     rdzv_endpoint:str|None = None, # host:port on machine 0 where several machines meet
+    snapshots:Collection[int] = (), # epochs after which to keep the energies of training images in snapshots/; 0: before training
+    snapshot_images:int = 500, # how many images, the same ones in every snapshot; all where there are fewer
 )->TrainResult: # the finished run
     "Train adversarially, keep the model with the best PGD accuracy on held-out images (supplement A.3, A.6)"
     processes = num_processes*num_nodes
     if config.batch_size % processes:
         raise ValueError(f'batch_size = {config.batch_size} cannot be shared equally by {processes} processes: take a multiple of {processes}')
+    snapshots = sorted(set(snapshots))
+    if wrong := [e for e in snapshots if not 0 <= e <= config.epochs]:
+        raise ValueError(f'snapshots = {snapshots} is not allowed: there is no epoch {wrong[0]}, they go from 0 (before training) to {config.epochs}')
+    if snapshot_images < 1: raise ValueError(f'snapshot_images = {snapshot_images} is not allowed: it must be at least 1')
     data = training_data(config) # before the folder is made: wrong data leave no trace
     run = Path(run_dir).resolve()
     with lock_run(run) if node_rank == 0 else nullcontext():
         if node_rank == 0: open_run(run, config.identity(), resume)
         taken_up = len(read_lines(run/'metrics.jsonl'))
-        if processes == 1: _fit(config, run, *data)
+        if processes == 1: _fit(config, run, *data, snapshots, snapshot_images)
         else:
             values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
-            launch('weat_nb.train:fit_worker', [values, str(run)], num_processes=num_processes, num_nodes=num_nodes,
+            launch('weat_nb.train:fit_worker', [values, str(run), snapshots, snapshot_images], num_processes=num_processes, num_nodes=num_nodes,
                    node_rank=node_rank, rdzv_endpoint=rdzv_endpoint, device=config.device)
         history = read_lines(run/'metrics.jsonl')
         model, _ = load_checkpoint(run/'best.safetensors', device=config.device)
@@ -253,10 +291,12 @@ def fit(
 def fit_worker(
     values:dict[str, Any], # fields of a TrainConfig
     run:str, # the run folder, which the caller has opened and locked
+    snapshots:Collection[int] = (), # of `fit`
+    snapshot_images:int = 500, # of `fit`
 )->None:
     "What each of several processes runs; a process that is killed takes all down and they begin again after the last whole epoch"
     config = TrainConfig(**values)
-    _fit(config, Path(run), *training_data(config))
+    _fit(config, Path(run), *training_data(config), snapshots, snapshot_images)
 
 # %% ../nbs/04_train_weat.ipynb #e7c120c5
 def _commit(run:Path, model:nn.Module, optimizer:torch.optim.Optimizer, history:list[dict], best:dict[str, Tensor])->None:
@@ -283,8 +323,8 @@ def _headline(history:list[dict], epochs:int)->str:
     if not history: return f'epoch 1 of {epochs}'
     return f"epoch {len(history)} of {epochs} done: clean {history[-1]['clean']:.1f} %, PGD-20 {history[-1]['pgd']:.1f} % on held-out images"
 
-# %% ../nbs/04_train_weat.ipynb #11490281
-def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:ImageData|None)->None:
+# %% ../nbs/04_train_weat.ipynb #a04888df
+def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:ImageData|None, snapshots:Collection[int], snapshot_images:int)->None:
     device = torch.device('cuda', torch.cuda.current_device()) if config.device == 'cuda' else torch.device(config.device)
     model = create_model(config.arch, train.num_classes, train.in_channels, train.image_size, seed=config.seed).to(device)
     if config.sync_batchnorm and world_size() > 1: synchronise_batchnorm(model)
@@ -297,7 +337,10 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
     if (run/'state.safetensors').exists(): history, best = _restore(run, model, optimizer)
     train, held_out, aux = train.to(device), held_out.to(device), aux.to(device) if aux is not None else None
 
-    before = len(history)
+    before, chosen = len(history), snapshot_indices(len(train), snapshot_images, config.seed)
+    if is_main():
+        _check_snapshots(run, snapshots, chosen, before)
+        if before in snapshots and not snapshot_file(run, before).exists(): _take_snapshot(run, model, before, train, chosen, config) # before training, or of an epoch that an earlier call did not keep
     progress = Progress(total, _headline(history, config.epochs), done=before*n_batches, show=is_main() and before < config.epochs)
     for epoch in range(before + 1, config.epochs + 1):
         generator = torch.Generator(device).manual_seed(config.seed*100_003 + epoch)
@@ -318,7 +361,9 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
             progress.step()
         seconds = time.perf_counter() - start_time
         if is_main():
-            try: measured = measure_energies(model, held_out, eps=config.eps, step_size=config.step_size, seed=config.seed)
+            try:
+                measured = measure_energies(model, held_out, eps=config.eps, step_size=config.step_size, seed=config.seed)
+                if epoch in snapshots: _take_snapshot(run, model, epoch, train, chosen, config)
             except FloatingPointError as e: raise NonFiniteError(f'held-out images after epoch {epoch}: {e}. {_ADVICE}') from e
             history.append(dict(epoch=epoch, updates=epoch*n_batches, lr=optimizer.param_groups[0]['lr'], loss=torch.stack(losses).mean().item(),
                                 **summarise(measured)))

@@ -1,0 +1,165 @@
+"Energies while training: the rules on constructed curves, the drawings on constructed energies, the monitor"
+import io
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from weat_nb.checkpoints import save_tensors
+from weat_nb.dynamics import (
+    DivergenceWarning,
+    EnergyMonitor,
+    animate_drift,
+    drift,
+    find_phases,
+    plot_drift,
+    plot_scatter,
+    read_snapshots,
+    robust_overfitting,
+    snapshot_history,
+)
+from weat_nb.energy import joint_energy, marginal_energy
+from weat_nb.train import snapshot_file
+
+
+def measured(n=40, seed=0):
+    "A snapshot of random logits"
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(10, (n,), generator=g)
+    out = dict(labels=y, indices=torch.arange(n))
+    for side, scale in (('nat', 2.), ('adv', 4.)):
+        z = scale*torch.randn(n, 10, generator=g)
+        out |= {f'energy_{side}': marginal_energy(z), f'joint_{side}': joint_energy(z, y), f'correct_{side}': (z.argmax(1) == y).float()}
+    return {**out, 'delta': out['energy_nat'] - out['energy_adv']}
+
+
+def test_snapshots_are_read_in_the_order_of_epochs(tmp_path):
+    with pytest.raises(FileNotFoundError, match='holds no snapshots.*snapshot_every'): read_snapshots(tmp_path)
+    for epoch in (1000, 20, 0): save_tensors(snapshot_file(tmp_path, epoch), measured(seed=epoch), dict(epoch=epoch))
+    found = read_snapshots(tmp_path)
+    assert list(found) == [0, 20, 1000] and torch.equal(found[20]['delta'], measured(seed=20)['delta'])
+    history = snapshot_history(found)
+    assert [h['epoch'] for h in history] == [0, 20, 1000]
+    assert history[1]['delta_mean'] == pytest.approx(found[20]['delta'].mean().item())
+
+
+@pytest.mark.parametrize('side', ['nat', 'adv'])
+def test_a_point_below_the_identity_line_is_refused(side):
+    good = measured()
+    base, tip = drift(good)
+    assert torch.equal(base[:, 0], good['energy_nat']) and torch.equal(tip[:, 1], good['joint_adv'])
+    bad = {**good, f'joint_{side}': good[f'joint_{side}'].clone()}
+    bad[f'joint_{side}'][3] = bad[f'energy_{side}'][3] - 1e-4
+    with pytest.raises(ValueError, match='below the identity line'): drift(bad)
+
+
+def curve(joints, values, end=100, sd=0., seed=0):
+    t = np.arange(0, end + 1, 2)
+    return t, np.interp(t, [0, *joints, end], values) + sd*np.random.default_rng(seed).standard_normal(len(t))
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_phases_of_a_noisy_curve(seed):
+    phases = find_phases(*curve((10, 78), (0, -.17, -.26, -.74), sd=.005, seed=seed))
+    assert phases['found'] and abs(phases['joints'][0] - 10) <= 4 and abs(phases['joints'][1] - 78) <= 4
+    rising = find_phases(*curve((10, 78), (0, .17, .26, .74), sd=.005, seed=seed)) # the sign does not matter
+    assert rising['found']
+
+
+@pytest.mark.parametrize('values', [(0, -.3, -.6, -.74), (0, -.01, -.4, -.41), (0, -.4, -.41, -.42), (0, -.001, -.002, -.74)],
+                         ids=['straight', 'steep only in the middle', 'no third phase', 'no first phase'])
+@pytest.mark.parametrize('seed', range(3))
+def test_other_curves_have_no_three_phases(values, seed): assert not find_phases(*curve((30, 70), values, sd=.01, seed=seed))['found']
+
+
+def test_noise_has_no_phases():
+    assert sum(find_phases(*curve((30, 70), (0, 0, 0, 0), sd=.1, seed=s))['found'] for s in range(10)) == 0
+
+
+def test_phases_need_points():
+    with pytest.raises(ValueError, match='given 3 values at 3 epochs'): find_phases([0, 1, 2], [0., 0., 0.])
+    with pytest.raises(ValueError, match='ascending'): find_phases([0, *range(10)], [0.]*11)
+
+
+def test_overfitting():
+    t = list(range(1, 101))
+    up = np.interp(t, [1, 78, 100], [74, 47.5, 54])
+    assert robust_overfitting(t, up, 10_000) == pytest.approx(78, abs=1)
+    assert robust_overfitting(t, np.interp(t, [1, 100], [74, 47]), 10_000) is None
+    assert robust_overfitting(t, np.full(100, 50.), 10_000) is None
+    assert robust_overfitting(t, up, 200) is None # two standard errors are 7 points
+    assert robust_overfitting(t, up, 10_000, {78: 40., 100: 20.}) == pytest.approx(78, abs=1)
+    assert robust_overfitting(t, up, 10_000, {10: 20., 78: 40., 100: 55.}) is None
+    dip = np.full(100, 50.)
+    dip[40] = 47. # one lucky epoch is no minimum of the smoothed curve worth two standard errors
+    assert robust_overfitting(t, dip, 10_000) is None
+    with pytest.raises(ValueError, match='at least 6 values'): robust_overfitting([1, 2], [50, 50], 100)
+
+
+def test_pictures():
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    from PIL import Image
+    snapshots = {epoch: measured(seed=epoch) for epoch in (0, 5, 10)}
+    fig = plot_scatter(snapshots, [0, 10])
+    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in fig.axes}) == 1 and len(fig.axes) == 4
+    points = torch.cat(drift(snapshots[10]))
+    low, high = fig.axes[0].get_ylim()
+    assert low < points[:, 1].min() and points[:, 1].max() < high
+    arrows = plot_drift(snapshots[5])
+    base, tip = drift(snapshots[5])
+    assert np.allclose(arrows.get_offsets(), base) and np.allclose(arrows.get_array(), (tip - base).norm(dim=1))
+    assert np.allclose(np.stack([arrows.U, arrows.V], 1), tip - base)
+    assert np.array_equal(plot_drift(snapshots[5], [str(k) for k in range(10)]).get_array(), snapshots[5]['labels'])
+    plt.close('all')
+    gif = animate_drift(snapshots)
+    assert len(gif) < 1e6 and Image.open(io.BytesIO(gif)).n_frames == 3
+    assert not plt.get_fignums()
+
+
+def feed(monitor, levels, robust=50):
+    for level in levels:
+        z = torch.tensor([[3., 0.]]).repeat(100, 1)
+        z_adv = z + level
+        z_adv[robust:] = z_adv[0].flip(0)
+        monitor.update(z, z_adv, torch.zeros(100, dtype=torch.int64))
+        monitor.step()
+    return monitor
+
+
+def test_monitor_counts_images_not_batches():
+    monitor = EnergyMonitor()
+    z, y = torch.randn(100, 5, generator=torch.Generator().manual_seed(0)), torch.zeros(100, dtype=torch.int64)
+    for part in (slice(0, 90), slice(90, 100)): monitor.update(z[part], 2*z[part], y[part])
+    assert monitor.step() == pytest.approx((marginal_energy(z) - marginal_energy(2*z)).mean().item(), rel=1e-5)
+    assert monitor.history[0]['robust'] == pytest.approx(100*(z.argmax(1) == 0).double().mean().item())
+    with pytest.raises(ValueError, match='had no images'): monitor.step()
+
+
+def test_monitor_warns_once_and_goes_on_from_a_saved_state():
+    levels = [-.2]*10 + [-.39, -.41, -.9]
+    with pytest.warns(DivergenceWarning, match='epoch 12: .*robust overfitting') as caught: whole = feed(EnergyMonitor(), levels)
+    assert len(caught) == 1 and whole.warned == 12
+    for cut in (8, 12):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            first, second = feed(EnergyMonitor(), levels[:cut]), EnergyMonitor()
+            second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+            assert feed(second, levels[cut:]).state_dict() == whole.state_dict()
+    whole.update(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match='not closed'): whole.state_dict()
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('levels', [[-.01]*8 + [-.19]*8, [.3, 2., -1., .5, .2] + [.2]*9, [-.1]*5 + [-.2]*4 + [-3.], list(np.linspace(-.2, -.35, 40))],
+                         ids=['below the floor', 'wild in the warm-up', 'not armed yet', 'slow'])
+def test_monitor_is_silent(levels): assert feed(EnergyMonitor(), levels).warned is None
+
+
+def test_monitor_tells_the_kind_and_sees_nan():
+    monitor = feed(EnergyMonitor(), [-.2]*10, robust=60)
+    with pytest.warns(DivergenceWarning, match='catastrophic'): feed(monitor, [-.9], robust=20)
+    with pytest.warns(DivergenceWarning, match='nan'): feed(EnergyMonitor(), [-.2]*10 + [float('nan')])
