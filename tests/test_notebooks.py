@@ -9,7 +9,11 @@ import pytest
 root = Path(__file__).parent.parent
 sources = sorted(p for p in (root/'nbs').rglob('*.ipynb') if 'results' not in p.parts and '.ipynb_checkpoints' not in p.parts)
 QUICK = dict(epochs=1, num_train=256, num_val=50, num_test=50, attack_steps=1) # of the training chapter
-PARAMETERS = {'04_train_weat': QUICK, '10_speed': dict(rounds=1, num_images=32, attack_steps=2)}
+PARAMETERS = {'04_train_weat': QUICK, '08_generate': dict(steps=2, per_class=2, compare_per_class=2), '10_speed': dict(rounds=1, num_images=32, attack_steps=2), '09_evaluate': dict(attacks='clean, pgd-5, cw', num_images=20),
+              '05_dynamics': dict(objectives='sat, trades', epochs=2, num_train=64, num_val=20, num_images=20, attack_steps=1, batch_size=32, snapshot_every=1, monitor_epochs=1),
+              '06_landscapes': dict(models='fashion_mini-standard-resnet8,fashion_mini-sat-resnet8', subjects='fashion_mini-standard-resnet8', num_images=6, batch_size=3, steps=2, queries=5, cw_steps=3),
+              '07_subsets': dict(epochs=1, num_train=200, num_test=20, seeds=1, attack_steps=1, eval_steps=1),
+              '11_single_step': dict(epochs=1, num_train=64, num_test=20, seeds=1, eval_steps=1)}
 
 
 def run(path, folder, **parameters):

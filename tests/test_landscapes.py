@@ -1,0 +1,217 @@
+"What guards weat_nb.landscapes beyond the chapter: brute-force counts, attacks called directly, kept batches, verdicts that can fail."
+import matplotlib
+import pytest
+import torch
+
+from weat_nb.attacks import attack
+from weat_nb.data import batches, load_dataset
+from weat_nb.energy import delta_energy
+from weat_nb.landscapes import (
+    _apart, attack_claims, attack_energies, attack_table, auroc, between, energy_record, over_batches, plot_attack_histograms,
+    plot_steps, plot_violins, robustness_claim, shift, short_name, steps_claims, steps_energies, tidy_energies, valley)
+from weat_nb.models import create_model
+from weat_nb.plots import axes
+from weat_nb.step import FrozenCopy
+
+matplotlib.use('agg')
+EPS = .1
+
+
+@pytest.fixture(scope='module')
+def model(): return create_model('resnet8', 10, in_channels=1, image_size=28, seed=0)
+
+
+@pytest.fixture(scope='module')
+def data(): return load_dataset('fashion_mini', 'test')[:10]
+
+
+def record(n=400, move=0., joint=0., correct=0., seed=0):
+    "A made-up record: natural energies around -10, attacked ones moved by so much"
+    gen = torch.Generator().manual_seed(seed)
+    nat, adv = (torch.randn(n, generator=gen) - 10 for _ in range(2))
+    out = dict(correct_nat=torch.ones(n), correct_adv=(torch.arange(n) < correct*n).float(), energy_nat=nat, energy_adv=adv + move,
+               joint_nat=nat + .1, joint_adv=adv + .1 + joint)
+    return {**out, **{f'delta_{k}': out[f'{k}_nat'] - out[f'{k}_adv'] for k in ('energy', 'joint')}}
+
+
+@pytest.mark.parametrize('n, m, levels', [(1, 1, 2), (3, 50, 4), (50, 3, 1), (60, 70, 1000)])
+def test_auroc_counts_pairs(n, m, levels):
+    gen = torch.Generator().manual_seed(n)
+    a, b = (torch.randint(levels, (k,), generator=gen).float() for k in (n, m))
+    count = sum((p < q) + .5*(p == q) for p in a.tolist() for q in b.tolist())
+    assert auroc(a, b) == pytest.approx(count/(n*m), abs=1e-12)
+    assert auroc(b, a) == pytest.approx(1 - count/(n*m), abs=1e-12)
+    assert auroc((a/99).exp(), (b/99).exp()) == pytest.approx(auroc(a, b), abs=1e-12) # only the order counts
+
+
+def test_auroc_of_nothing():
+    with pytest.raises(ValueError, match='two groups, given 0 and 3 values'): auroc(torch.empty(0), torch.ones(3))
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_one_mode_is_not_two(seed):
+    gen = torch.Generator().manual_seed(seed)
+    for values in (torch.randn(100, generator=gen), torch.rand(100, generator=gen), torch.randn(100, generator=gen).exp()): assert valley(values)[1] > .5
+
+
+@pytest.mark.parametrize('share', [.2, .5, .8])
+def test_two_modes_are_found(share):
+    values = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    values[:round(200*share)] -= 8
+    where, depth = valley(values)
+    assert -6 < where < -2 and depth < .25
+    assert ((values < where).double().mean() - share).abs() < .01
+
+
+def test_a_mode_of_a_few_images_does_not_count():
+    values = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    values[:6] -= 20
+    assert valley(values)[1] > .5
+
+
+@pytest.mark.parametrize('name, options', [('pgd', dict(steps=2)), ('trades', dict(steps=2)), ('cw-l2', dict(steps=3, initial_const=1., binary_search_steps=1))])
+def test_energies_are_those_of_the_attack_called_directly(model, data, name, options):
+    found, net, start = attack_energies(model, data, name, eps=EPS, seed=5, batch_size=4, **options), FrozenCopy(model), 0
+    for x, y in batches(data, 4):
+        x_adv = attack(name, net, x, y, eps=EPS, seed=5 + start, **options)
+        with torch.no_grad(): z, z_adv = model.eval()(x), model(x_adv)
+        part = slice(start, start + len(x))
+        torch.testing.assert_close(found['delta_energy'][part], delta_energy(z, z_adv), atol=1e-5, rtol=0)
+        torch.testing.assert_close(found['delta_joint'][part], delta_energy(z, z_adv, y), atol=1e-5, rtol=0)
+        start += len(x)
+    assert start == len(found['energy_nat']) == 10
+
+
+@pytest.mark.parametrize('loss, name', [('ce', 'pgd'), ('kl', 'trades')])
+def test_the_last_step_is_the_registry_s_attack(model, data, loss, name):
+    study = steps_energies(model, data, loss, (0, 1, 3), eps=EPS, step_size=.03, seed=2, batch_size=10)
+    direct = attack_energies(model, data, name, eps=EPS, seed=2, batch_size=10, steps=3, step_size=.03)
+    assert study['energy'].shape == (3, 10)
+    for k, v in between(study).items(): assert torch.equal(v, direct[k]), k
+
+
+def test_the_model_is_left_as_it_was(model, data):
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    attack_energies(model, data, 'pgd', eps=EPS, steps=1)
+    steps_energies(model, data, 'kl', (0, 1), eps=EPS, step_size=.03)
+    assert model.training and all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_kept_batches_belong_to_weights_images_and_options(model, data, tmp_path):
+    options = dict(eps=EPS, steps=1, batch_size=5, folder=tmp_path/'pgd')
+    first = attack_energies(model, data[:5], 'pgd', **options)
+    longer = attack_energies(model, data, 'pgd', **options) # adds a batch, keeps the first
+    assert all(torch.equal(longer[k][:5], first[k]) for k in first) and len(list((tmp_path/'pgd').iterdir())) == 2
+    other = create_model('resnet8', 10, in_channels=1, image_size=28, seed=1)
+    for change, message in [(dict(model=other), 'weights'), (dict(data=data[torch.arange(9, -1, -1)]), 'images'), (dict(eps=.2), 'eps is 0.1 there and 0.2 here'), (dict(steps=2), 'steps')]:
+        given = {**dict(model=model, data=data), **options, **change}
+        with pytest.raises(ValueError, match=f'other settings.*{message}.*another run_dir'): attack_energies(given.pop('model'), given.pop('data'), 'pgd', **given)
+
+
+def test_a_damaged_batch_is_refused(model, data, tmp_path):
+    options = dict(eps=EPS, steps=1, folder=tmp_path)
+    attack_energies(model, data, 'pgd', **options)
+    file, = tmp_path.iterdir()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=file.name): attack_energies(model, data, 'pgd', **options)
+
+
+def test_one_image_and_the_last_dimension(data):
+    found = over_batches(lambda x, y, seed: dict(seeds=torch.full((2, len(x)), seed)), data[:3], seed=7, batch_size=1)
+    assert found['seeds'].tolist() == [[7, 8, 9]]*2
+
+
+@pytest.mark.parametrize('counts', [(), (2, 1), (1, 1), (-1, 2)])
+def test_wrong_counts(model, data, counts):
+    with pytest.raises(ValueError, match='ascending'): steps_energies(model, data, 'ce', counts, eps=EPS, step_size=.03)
+
+
+def test_tidy_rows(model, data):
+    m = attack_energies(model, data, 'pgd', eps=EPS, steps=1)
+    rows = tidy_energies({('net', 'pgd'): m, ('net', 'again'): m})
+    assert len(rows) == 20 and rows[13] == {**rows[3], 'attack': 'again'} and rows[3]['image'] == 3
+    assert all(abs(r['energy_nat'] - r['energy_adv'] - r['delta_energy']) < 2e-5 and r['joint_adv'] >= r['energy_adv'] - 1e-5 for r in rows)
+    table, = attack_table({('net', 'pgd'): m})
+    assert table['AUROC of E(x)'] == auroc(m['energy_adv'], m['energy_nat']) and table['correct (%)'] == 10*m['correct_adv'].sum().item()
+
+
+def test_shift_is_negative_to_the_left():
+    mean, error = shift(record(move=-3))
+    assert mean == pytest.approx(-3, abs=.3) and error == pytest.approx(2**.5/20, rel=.15)
+
+
+def verdicts(rows): return {r['claim']: r['held'] for r in rows}
+
+
+def test_claims_hold_where_they_are_true_and_not_where_they_are_false():
+    bimodal = record(move=-3, correct=.3)
+    bimodal['joint_adv'] = torch.where(bimodal['correct_adv'] > 0, bimodal['joint_nat'] - 3, bimodal['joint_nat'] + 20)
+    bimodal['delta_joint'] = bimodal['joint_nat'] - bimodal['joint_adv']
+    true = attack_claims({'pgd': record(move=-3, joint=20), 'trades': bimodal, 'fab': record(move=3, joint=5), 'cw-l2': record(joint=1)})
+    assert set(verdicts(true).values()) == {'yes'}
+    text, = [r['here'] for r in true if 'two modes' in r['claim']]
+    assert 'two modes' in text and '30 % of the images, 100 % of them still correct; right of it 0 %' in text
+    false = attack_claims({'pgd': bimodal, 'trades': record(move=3, joint=-5), 'fab': record(move=-3, joint=-5), 'cw-l2': record(move=-3, joint=-1)})
+    assert verdicts(false) == {**dict.fromkeys(verdicts(true), 'no'), 'PGD moves E(x) left': 'yes'}
+
+
+def test_claims_of_attacks_that_were_not_run_are_not_made(): assert len(attack_claims({'square': record()})) == 2 # where it moves E(x), and E(x, y)
+
+
+def study(*means): return dict(energy=torch.tensor(means)[:, None] + torch.zeros(1, 4), joint=-torch.tensor(means)[:, None] + torch.zeros(1, 4), correct=torch.ones(len(means), 4))
+
+
+@pytest.mark.parametrize('means, held', [((0., 1, -2, -3), 'yes'), ((0., -1, -3, -2), 'in part'), ((0., 3, 2, 1), 'no')])
+def test_steps_claims(means, held):
+    rows = steps_claims({('a-b', 'ce'): study(*means)}, (0, 1, 2, 3))
+    assert [r['held'] for r in rows] == [held]*2 and rows[0]['claim'] == 'E(x) falls with the steps of PGD, whatever the depth'
+    both = steps_claims({('a-b', 'ce'): study(*means), ('a-c', 'ce'): study(0., 1, -2, -3)}, (0, 1, 2, 3))
+    assert [r['held'] for r in both] == ['yes' if held == 'yes' else 'in part']*2 and 'c 0.00 natural, 1.00 after 1, -3.00 after 3 steps' in both[0]['here']
+
+
+def test_robustness_claim():
+    still, moved = record(correct=.5), record(move=-3, joint=9)
+    still |= {k: still[k]*.1 for k in ('delta_energy', 'delta_joint')}
+    assert [r['held'] for r in robustness_claim(dict(a=still, b=moved))] == ['yes', 'yes']
+    assert [r['held'] for r in robustness_claim(dict(a=still, b={**moved, 'correct_adv': torch.ones(400)}))] == ['no', 'no']
+    assert robustness_claim(dict(a=still)) == []
+
+
+def test_histograms_say_what_is_left():
+    fig = plot_attack_histograms({'pgd': record(move=-3), 'trades': record(move=-3, correct=.25), 'fab': record(), 'square': record(), 'cw-l2': record()})
+    titles = [ax.get_title() for ax in fig.axes]
+    assert len(fig.axes) == 16 and titles[1] == titles[9] == 'TRADES (KL), 25.0 % correct'
+    assert [t for t in titles if not t] == ['']*6 # 5 attacks in rows of 4, twice
+    drawn = [[p.get_height() for p in c] for c in fig.axes[0].containers]
+    assert [sum(d) for d in drawn] == [400, 400] # no image lies outside the range
+
+
+def test_steps_and_violins():
+    ax = axes()[1][0]
+    plot_steps({'one': {**study(0., -1., -2.), 'correct': torch.tensor([[1., 1], [1, 0], [0, 0]])}}, (0, 1, 20), 'energy', ax=ax)
+    assert [t.get_text() for t in ax.texts] == ['100', '50', '0'] and [t.get_text() for t in ax.get_xticklabels()] == ['0', '1', '20']
+    ax = axes()[1][0]
+    plot_violins({'d-b': record(correct=.5), 'd-a': record(correct=.1), 'd-c': record(correct=.9)}, 'energy', ax=ax)
+    assert [t.get_text() for t in ax.get_xticklabels()] == ['a\n10.0 %', 'b\n50.0 %', 'c\n90.0 %']
+
+
+def test_labels_are_moved_apart():
+    assert _apart([0., 3., .5], 1) == [0., 3., 1.]
+    assert _apart([1., 1., 1.], 1) == [1., 2., 3.]
+
+
+@pytest.mark.parametrize('name, short', [('cifar10-standard-resnet20', 'standard-resnet20'), ('runs/mine/best.safetensors', 'mine'), ('robustbench:Rice2020', 'Rice2020')])
+def test_short_names(name, short): assert short_name(name) == short
+
+
+def test_record_on_a_network_known_by_hand():
+    net = lambda x: torch.stack([x.sum(dim=(1, 2, 3)), torch.zeros(len(x))], 1)
+    x, x_adv, y = torch.full((1, 1, 2, 2), .5), torch.zeros(1, 1, 2, 2), torch.tensor([0])
+    r = {k: v.item() for k, v in energy_record(net, x, x_adv, y).items()}
+    assert r['correct_nat'] == 1 and r['joint_nat'] == -2 and r['joint_adv'] == 0 and r['delta_joint'] == -2
+    assert r['energy_nat'] == pytest.approx(-2.126928, abs=1e-6) and r['energy_adv'] == pytest.approx(-.693147, abs=1e-6)
