@@ -1,6 +1,7 @@
 "Starts and sampler: against naive forms, on shipped networks, and safe on what they are given"
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,14 @@ from torch import nn
 from weat_nb import pictures
 from weat_nb.data import ImageData, load_dataset, to_float
 from weat_nb.generate import SGLD_PRESETS, STARTS, ClassPCA, LocalPCA, Start, class_energies, class_pca, energy_guided, sgld
+from weat_nb.grid import notebook_parameters
 from weat_nb.measures import extract_features, feature_measures
 from weat_nb.models import create_model
 from weat_nb.pictures import image_grid, write_gif, write_samples
-from weat_nb.pretrained import load_pretrained
+from weat_nb.pretrained import load_pretrained, pretrained_note
 from weat_nb.step import StepConfig
+
+root = Path(__file__).parent.parent
 
 
 def seeded(seed=0): return torch.Generator().manual_seed(seed)
@@ -261,22 +265,32 @@ def test_table_c():
 
 def test_shipped_robust_network_generates_and_the_standard_one_does_not(fashion, robust):
     "Mean energy falls in every step; to another robust network the samples look more like test images than the starts do, and the standard network's far less"
-    judge, standard = load_pretrained('fashion_mini-sat-resnet8'), load_pretrained('fashion_mini-standard-resnet8')
+    judge, standard = load_pretrained('fashion_mini-sat-resnet8-seed1'), load_pretrained('fashion_mini-standard-resnet8')
     y = torch.arange(10).repeat_interleave(6)
     x = Start('pca', fashion)(y, seeded())
     ours, theirs = (sgld(n, x, y, steps=20, step_size=.2, friction=.8, noise_std=.001, generator=seeded(1)) for n in (robust, standard))
     assert (ours.energies.mean(1).diff() < 0).all()
     assert 0 <= ours.images.min() and ours.images.max() <= 1
     with torch.no_grad(): right, before = ((judge(images).argmax(1) == y).float().mean() for images in (ours.images, x))
-    assert right > .9 and right > before
+    assert right > .8 and right > before # of 60 images; the standard error is 4 %
     real = extract_features(load_dataset('fashion_mini', 'test').images[:500], judge)
     fid = [feature_measures(images, real, judge, 'sat')['FID'] for images in (ours.images, x, theirs.images)]
     assert fid[0] < fid[1] and 2*fid[0] < fid[2], fid
 
 
+def test_the_judge_of_the_page_is_independent():
+    "Another objective and another seed than those of the network that generates, and no part in the comparisons"
+    page = {name: default for name, (_, default) in notebook_parameters(root/'nbs/08_generate.ipynb').items()}
+    judge, model = (pretrained_note(page[name])[1]['config'] for name in ('judge', 'model'))
+    assert judge['seed'] != model['seed'] and judge['objective'] != model['objective'] and judge['dataset'] == model['dataset'] == page['dataset']
+    assert page['judge'] not in {page[name] for name in ('model', 'standard', 'sat', 'kl')}
+
+
 # Files
 
 def test_ten_thousand_samples(tmp_path):
+    "NumPy and torch-fidelity's own reader see the images that were written"
+    datasets = pytest.importorskip('torch_fidelity.datasets')
     x, y = torch.rand(10_000, 1, 16, 16, generator=seeded()), torch.arange(10_000) % 10
     folder = write_samples(x, y, tmp_path/'samples', ['T-shirt/top']*10)
     files = sorted((folder/'png').iterdir())
@@ -284,7 +298,9 @@ def test_ten_thousand_samples(tmp_path):
     with np.load(folder/'samples.npz', allow_pickle=False) as arrays:
         images = arrays['arr_0']
         assert images.shape == (10_000, 16, 16, 3) and images.dtype == np.uint8 and np.array_equal(arrays['arr_1'], y.numpy())
-    for i in (0, 4321, 9999): assert np.array_equal(np.asarray(Image.open(files[i]).convert('RGB')), images[i]) and np.array_equal(images[i, :, :, 0], (x[i, 0]*255).round().numpy())
+    reader = datasets.ImagesPathDataset([str(f) for f in files])
+    assert len(reader) == 10_000
+    for i in (0, 4321, 9999): assert np.array_equal(reader[i].permute(1, 2, 0), images[i]) and np.array_equal(images[i, :, :, 0], (x[i, 0]*255).round().numpy())
 
 
 @pytest.mark.parametrize('channels', [1, 3])

@@ -6,7 +6,6 @@ import urllib.error
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from weat_nb import fetch, measures
@@ -14,6 +13,7 @@ from weat_nb.checkpoints import CheckpointError
 from weat_nb.measures import (INCEPTION_SHA256, INCEPTION_URL, extract_features, feature_measures, frechet_distance, inception_measures,
                               inception_score, kernel_distance, nearest_images, pairwise_distance, ssim_neighbours, to_bytes, to_pixels)
 from weat_nb.models import create_model
+from weat_nb.pictures import write_samples
 
 
 def pictures(n, seed=0, channels=3, dark=1.):
@@ -36,7 +36,7 @@ def look(network):
 
 @pytest.fixture(scope='module')
 def fidelity(network, tmp_path_factory):
-    "torch-fidelity's numbers on two folders of PNG files through the network, registered with it as a feature extractor"
+    "torch-fidelity's numbers on two folders of `write_samples` through the network, registered with it as a feature extractor"
     pytest.importorskip('torch_fidelity')
     import torch_fidelity
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -58,10 +58,7 @@ def fidelity(network, tmp_path_factory):
             return tuple(found[name] for name in self.features_list)
 
     torch_fidelity.register_feature_extractor('test-network', Extractor)
-    folders = []
-    for i, images in enumerate((pictures(130, 1), pictures(170, 2, dark=1.4))):
-        folders.append(tmp_path_factory.mktemp(f'png{i}'))
-        for j, image in enumerate(images): Image.fromarray(image.permute(1, 2, 0).numpy()).save(folders[-1]/f'{j:03d}.png')
+    folders = [write_samples(x, torch.zeros(len(x), dtype=torch.int64), tmp_path_factory.mktemp('samples'))/'png' for x in (pictures(130, 1), pictures(170, 2, dark=1.4))]
     return torch_fidelity.calculate_metrics(input1=str(folders[0]), input2=str(folders[1]), feature_extractor='test-network', isc=True, fid=True, kid=True, kid_subset_size=100,
                                             cuda=False, cache=False, verbose=False, batch_size=50)
 

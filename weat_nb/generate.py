@@ -79,7 +79,11 @@ class LocalPCA:
         self.parts = [ClassPCA(g, retained_variance) for g in groups if len(g) > 1]
         self.sizes = torch.tensor([len(g) for g in groups if len(g) > 1], dtype=torch.float32, device=x.device)
 
-    def sample(self, n:int, sigma:float = 1., generator:torch.Generator|None = None)->Tensor:
+    def sample(self,
+        n:int, # number of images
+        sigma:float = 1., # standard deviation of the coefficients in units of the cluster's own
+        generator:torch.Generator|None = None, # source of clusters and coefficients
+    )->Tensor: # (n, C, H, W) in [0, 1]
         "As in `ClassPCA`, from clusters drawn in proportion to their sizes"
         which = torch.multinomial(self.sizes, n, replacement=True, generator=generator)
         x = self.parts[0].mean.new_empty(n, *self.parts[0].shape)
@@ -114,6 +118,7 @@ class Start:
         self.name, self.data, self.sigma, self.noise_std = name, data, sigma, noise_std
         self.members = [data.images[data.labels == k] for k in range(data.num_classes)]
         generator = torch.Generator(data.images.device).manual_seed(seed)
+        self.fitted:Sequence[ClassPCA|LocalPCA] = ()
         if name == 'pca': self.fitted = class_pca(data, retained_variance, cache)
         if name == 'local_pca': self.fitted = [LocalPCA(x, clusters, retained_variance, generator) for x in self.members]
 
@@ -151,7 +156,7 @@ def class_pca(
     cache:str|Path|None = None, # folder where the result is kept and looked for; None keeps nothing
 )->list[ClassPCA]: # one for each class
     "A `ClassPCA` for each class; with a cache the eigenvectors of these very images are computed once"
-    def fit(): return [ClassPCA(data.images[data.labels == k], retained_variance) for k in range(data.num_classes)]
+    def fit()->list[ClassPCA]: return [ClassPCA(data.images[data.labels == k], retained_variance) for k in range(data.num_classes)]
     if cache is None: return fit()
     digest = hashlib.sha256(data.images.cpu().numpy().tobytes() + data.labels.cpu().numpy().tobytes() + repr(float(retained_variance)).encode()).hexdigest()
     path = Path(cache)/f'{data.name}-pca-{digest[:16]}.safetensors'
@@ -207,24 +212,25 @@ def sgld(
             x = x.requires_grad_()
             with torch.enable_grad():
                 energy = joint_energy(frozen(x), labels)
-                gradient, = torch.autograd.grad(energy.sum(), x) if step < steps else (None,)
+                if step < steps: gradient, = torch.autograd.grad(energy.sum(), x)
             energies.append(energy.detach())
             if step == steps: break
             moving = moving & (energy.detach() > level)
             done += moving
             velocity = friction*velocity - step_size/2*gradient
             moved = x.detach() + velocity
-            if noise_std: moved = moved + noise_std*torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
+            if generator is not None and noise_std: moved = moved + noise_std*torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
             x = torch.where(moving[:, None, None, None], moved.clamp(0, 1), x.detach())
             if progress is not None: progress.step()
         parts.append((x.detach(), torch.stack(energies), done, torch.stack(frames) if frames else x.new_empty(0, *x.shape)))
-    images, energies, done, frames = (torch.cat(found, dim=axis) for found, axis in zip(zip(*parts), (0, 1, 0, 1)))
-    bad = ~energies.isfinite().all(dim=1)
+    images, energy, done, kept = (torch.cat(found, dim=axis) for found, axis in zip(zip(*parts), (0, 1, 0, 1)))
+    bad = ~energy.isfinite().all(dim=1)
     if bad.any(): raise FloatingPointError(f'E(x, y) is NaN or infinite after step {int(bad.nonzero()[0])} of {steps}: take a smaller step_size, or look for NaN in the model')
-    return Samples(images, energies, done, frames)
+    return Samples(images, energy, done, kept)
 
 # %% ../nbs/08_generate.ipynb #e27fdfe0
-def _check_sgld(x0, y, steps, step_size, friction, noise_std, generator, stop_energy, keep, config, batch_size)->None:
+def _check_sgld(x0:Tensor, y:Tensor, steps:int, step_size:float, friction:float, noise_std:float, generator:torch.Generator|None, stop_energy:Tensor|None,
+                keep:Sequence[int], config:StepConfig, batch_size:int)->None:
     "One clear error for each wrong argument"
     check_images(x0)
     for name, value, good, allowed in (
@@ -266,11 +272,13 @@ def energy_guided(
 )->Tensor: # (N, C, H, W) in [0, 1]
     "Of several draws for each image the one of lowest E(x, y)"
     if candidates < 1: raise ValueError(f'candidates = {candidates} is not allowed: it must be at least 1')
-    frozen, best, lowest = FrozenCopy(model), None, None
-    for _ in range(candidates):
+    frozen = FrozenCopy(model)
+    def draw()->tuple[Tensor, Tensor]:
         x = start(y, generator)
-        energy = torch.cat([joint_energy(frozen(a), b) for a, b in zip(x.split(500), y.split(500))])
-        if best is None: best, lowest = x, energy
+        return x, torch.cat([joint_energy(frozen(a), b) for a, b in zip(x.split(500), y.split(500))])
+    best, lowest = draw()
+    for _ in range(candidates - 1):
+        x, energy = draw()
         better = energy < lowest
         best, lowest = torch.where(better[:, None, None, None], x, best), torch.where(better, energy, lowest)
     return best

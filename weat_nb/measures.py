@@ -153,7 +153,7 @@ def extract_features(
     device, look = torch.device('cpu'), network
     if isinstance(network, ImageClassifier):
         device = next(network.parameters()).device
-        def look(x):
+        def look(x:Tensor)->tuple[Tensor, Tensor]:
             h = network.features(network.normalize(x)).mean(dim=(2, 3))
             return h, network.classify(h)
     elif isinstance(network, nn.Module):

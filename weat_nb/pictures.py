@@ -43,6 +43,7 @@ def show_grids(
     "Grids of images side by side, pixels as they are"
     import matplotlib.pyplot as plt
     across = min(across or len(grids), len(grids))
+    slanted = max(map(len, columns), default=0)*3.6 > 72*size # wider than an image, 6 points high
     down, tall = -(-len(grids)//across), max(-(-len(x)//ncols) for x in grids.values())
     fig, panels = plt.subplots(down, across, figsize=(size*(ncols + .3)*across + (.8 if rows else 0), (size*tall + .3)*down), layout='constrained', squeeze=False)
     for ax in panels.flat: ax.set_axis_off()
@@ -52,7 +53,7 @@ def show_grids(
         ax.imshow(image_grid(images, ncols), interpolation='nearest')
         ax.set_title(title, fontsize=8)
         ax.set_yticks([height*(j + .5) for j in range(len(rows))] if i%across == 0 else [], rows if i%across == 0 else [], fontsize=7)
-        ax.set_xticks([width*(j + .5) for j in range(len(columns))], columns, fontsize=6, rotation=40, ha='left')
+        ax.set_xticks([width*(j + .5) for j in range(len(columns))], columns, fontsize=6, rotation=40 if slanted else 0, ha='left' if slanted else 'center')
         ax.tick_params(length=0, labelbottom=False, labeltop=True)
         ax.spines[:].set_visible(False)
     return fig
