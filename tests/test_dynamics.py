@@ -117,6 +117,13 @@ def test_pictures():
     plt.close('all')
     gif = animate_drift(snapshots)
     assert len(gif) < 1e6 and Image.open(io.BytesIO(gif)).n_frames == 3
+    again = Image.open(io.BytesIO(animate_drift({0: snapshots[0], 5: snapshots[5], 10: snapshots[0]})))
+    frames = []
+    for i in range(3):
+        again.seek(i)
+        frames.append(np.asarray(again.convert('RGB'), float)[40:]) # without the title
+    other, same = (np.abs(f - frames[0]).mean() for f in frames[1:])
+    assert same < .1*other # the arrows of the snapshot before are gone
     assert not plt.get_fignums()
 
 

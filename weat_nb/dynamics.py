@@ -56,7 +56,8 @@ def _limits(snapshots:Sequence[dict[str, Tensor]])->tuple[tuple[float, float], t
     points = torch.cat([p for measured in snapshots for p in drift(measured)])
     low, high = points.min(0).values, points.max(0).values
     pad = .04*(high - low) + 1e-3
-    return tuple((float(a), float(b)) for a, b in zip(low - pad, high + pad)) # type: ignore[return-value]
+    (left, bottom), (right, top) = (low - pad).tolist(), (high + pad).tolist()
+    return (left, right), (bottom, top)
 
 def _identity(ax:Any, xlim:tuple[float, float], ylim:tuple[float, float])->None:
     ax.axline((0, 0), slope=1, color='black', ls='--', lw=.8)
@@ -109,16 +110,20 @@ def animate_drift(
     "The drift through training, coloured by intensity, on axes and a colour scale that do not move"
     import matplotlib.pyplot as plt
     from PIL import Image
-    limits, frames = _limits(list(snapshots.values())), []
+    limits = _limits(list(snapshots.values()))
+    frames:list[Image.Image] = []
     longest = max(float((t - b).norm(dim=1).max()) for b, t in map(drift, snapshots.values()))
+    fig, (ax,) = axes(1, width=size, height=.85*size)
     for epoch, measured in snapshots.items():
-        fig, (ax,) = axes(1, width=size, height=.85*size)
-        fig.colorbar(plot_drift(measured, limits=limits, longest=longest, ax=ax), ax=ax, label='intensity (nats)')
+        for old in (*ax.collections, *ax.lines): old.remove()
+        arrows = plot_drift(measured, limits=limits, longest=longest, ax=ax)
+        if not frames: fig.colorbar(arrows, ax=ax, label='intensity (nats)')
         ax.set_title(f'epoch {epoch}')
         buffer = BytesIO()
         fig.savefig(buffer, dpi=90, format='png')
-        plt.close(fig)
+        fig.set_layout_engine('none') # laid out once: nothing but the arrows moves
         frames.append(Image.open(buffer).convert('P', palette=Image.Palette.ADAPTIVE, colors=64))
+    plt.close(fig)
     out = BytesIO()
     frames[0].save(out, format='GIF', save_all=True, append_images=frames[1:], duration=[int(1000*seconds)]*(len(frames) - 1) + [int(3000*seconds)], loop=0, optimize=True)
     return out.getvalue()
@@ -126,14 +131,15 @@ def animate_drift(
 # %% ../nbs/05_dynamics.ipynb #e2f1d8ed
 def _three_pieces(t:np.ndarray, v:np.ndarray, least:int)->tuple[np.ndarray, tuple[int, int]]:
     "Fitted values and joints (as positions) of the best continuous line of three pieces"
-    best = None
+    best:tuple[float, np.ndarray, tuple[int, int]]|None = None
     for i in range(least - 1, len(t) - 2*least + 2):
         for j in range(i + least - 1, len(t) - least + 1):
             design = np.stack([np.ones_like(t), t, np.maximum(t - t[i], 0), np.maximum(t - t[j], 0)], axis=1)
             fitted = design @ np.linalg.lstsq(design, v, rcond=None)[0]
             error = ((fitted - v)**2).sum()
-            if best is None or error < best[0]: best = (error, fitted, (i, j))
-    return best[1:] # type: ignore[index]
+            if best is None or error < best[0]: best = (float(error), fitted, (i, j))
+    assert best is not None # there are at least three times `least` points
+    return best[1:]
 
 def find_phases(
     epochs:Sequence[int], # of the points, ascending
@@ -213,7 +219,7 @@ class EnergyMonitor:
         self._clear()
         level = max(float(np.median(usual)), self.floor) if len(usual) == self.window else np.inf
         if self.warned is None and not abs(now['delta']) <= self.ratio*level: # a NaN diverges too
-            self.warned = now['epoch']
+            self.warned = int(now['epoch'])
             best = max(h['robust'] for h in self.history)
             kind = 'catastrophic' if now['robust'] < best/2 else 'robust'
             warnings.warn(f"epoch {self.warned}: mean ΔE(x) is {now['delta']:.3g} nats, more than {self.ratio:g} times its usual size of {level:.3g}; accuracy under attack is "
