@@ -11,7 +11,7 @@ __all__ = ['suggest', 'param', 'check_param', 'check_params', 'read_parameters',
 import ast
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import field, fields
 from fractions import Fraction
 from typing import Any
@@ -36,11 +36,10 @@ def param(
     low:float|None = None, # smallest allowed value
     high:float|None = None, # largest allowed value
     above:float|None = None, # value that must be exceeded
-    choices:Iterable[str]|None = None, # the names allowed, for strings
+    choices:Collection[str]|None = None, # the names allowed, for strings; a table that has grown by then counts as it is when a value is checked
 )->Any: # a dataclass field
     "A dataclass field with a rule that `check_params` enforces"
-    return field(default=default, metadata=dict(kind=kind, help=help, low=low, high=high, above=above,
-                                                choices=tuple(choices) if choices else None))
+    return field(default=default, metadata=dict(kind=kind, help=help, low=low, high=high, above=above, choices=choices or None))
 
 # %% ../nbs/parts/params.ipynb #5cb72e71
 def _allowed(rule:dict)->str:
