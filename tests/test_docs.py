@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from preview import CITED, bibliography
 from readme import readme_from_index
 
 root = Path(__file__).parent.parent
@@ -15,14 +16,9 @@ sources = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints
 
 
 @pytest.fixture(scope='module')
-def pages():
+def pages(prepared):
     "The notebooks as nbdev prepares them for Quarto"
-    from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
-    from nbdev.serve import proc_nbs
-    refresh_quarto_yml()
-    nbdev_sidebar.__wrapped__(file_re=r'\.(?:ipynb|qmd)$')
-    folder = proc_nbs(force=True, n_workers=0)
-    return {p: json.loads(p.read_text()) for p in Path(folder).rglob('*.ipynb')}
+    return {p: json.loads(p.read_text()) for p in prepared.rglob('*.ipynb')}
 
 
 def markdown(nb): return '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown')
@@ -55,14 +51,64 @@ def test_titles():
         assert re.fullmatch(r'# .+\n\n> .+', first), f'{path.name} does not begin with a cell of a title and a one-line subtitle, and no more'
 
 
+def labels(nb): return [label for c in nb['cells'] for label in re.findall(r'(?:^#\|\s*label:\s*|\{#)((?:fig|tbl|eq|sec)-[\w-]+)', ''.join(c['source']), re.MULTILINE)]
+
+
+def test_labels(pages):
+    "A label is given once: on its page, and over all pages but the executed copies of chapters"
+    seen = {}
+    for path, nb in pages.items():
+        names = labels(nb)
+        assert len(set(names)) == len(names), path.name
+        if path.parent.name == 'results': continue
+        for label in names: assert seen.setdefault(label, path.name) == path.name, (label, path.name, seen[label])
+
+
+def test_figures_have_captions(pages):
+    for path, nb in pages.items():
+        for c in nb['cells']:
+            head = re.findall(r'^#\|\s*([\w-]+):\s*(.*)$', ''.join(c['source']), re.MULTILINE)
+            shows = any('image/png' in o.get('data', {}) for o in c.get('outputs', []))
+            if (shows and path.name != 'plots.ipynb') or dict(head).get('label', '').startswith('fig-'): # plots: its figures only try out the functions
+                assert dict(head).get('label', '').startswith('fig-') and len(dict(head).get('fig-cap', '').split()) > 3, (path.name, ''.join(c['source'])[:200])
+
+
+def test_citations(pages):
+    "Every citation has its entry, and every entry is cited"
+    entries = bibliography()
+    assert len(entries) == len(re.findall('^@', (root/'nbs/references.bib').read_text(), re.MULTILINE))
+    for key, entry in entries.items(): assert {'author', 'title', 'year'} <= set(entry) and entry['year'] in key, key
+    cited = {key: path.name for path, nb in pages.items() for key in re.findall(rf'(?<!\w){CITED}', markdown(nb))}
+    assert not {key: page for key, page in cited.items() if key not in entries}
+    assert not set(entries) - set(cited)
+
+
 def test_quarto_yml():
+    from smalldocs.config import HTML_OPTIONS, KNOWN, check_keys
+    from smalldocs.quarto_keys import QUARTO_PAGE_OPTIONS
     settings = yaml.safe_load((root/'_quarto.yml').read_text())
     assert settings['project']['type'] == 'website'
-    assert set(settings) <= {'project', 'format', 'website', 'metadata-files', 'bibliography', 'execute'}
+    assert not check_keys({k: settings[k] for k in ('project', 'website')}, KNOWN, '')
+    assert set(settings) <= {'project', 'format', 'website', 'metadata-files', 'bibliography', 'link-citations'}
+    assert set(settings['format']['html']) <= QUARTO_PAGE_OPTIONS | HTML_OPTIONS
     assert (root/'nbs/_quarto.yml').resolve() == root/'_quarto.yml'
+    for name in (settings['bibliography'], settings['format']['html']['css'], settings['website']['image'], settings['website']['favicon']): assert (root/'nbs'/name).is_file(), name
 
 
-def test_readme(): assert (root/'README.md').read_text() == readme_from_index(), 'run `python tests/readme.py`'
+def test_sidebar():
+    "It lists every notebook once, the chapters in their order"
+    def files(contents):
+        for entry in contents: yield from files(entry['contents']) if isinstance(entry, dict) else [entry]
+    listed = list(files(yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar']['contents']))
+    assert sorted(listed) == sorted(str(p.relative_to(root/'nbs')) for p in sources)
+    chapters = [name for name in listed if name[0].isdigit()]
+    assert chapters == sorted(chapters)
+
+
+def test_readme():
+    text, pictures = readme_from_index()
+    assert (root/'README.md').read_text() == text, 'run `python tests/readme.py`'
+    assert {p: (root/p).read_bytes() for p in pictures} == pictures, 'run `python tests/readme.py`'
 
 
 @pytest.mark.parametrize('command', ['nbdev-export', 'nbdev-clean'])
