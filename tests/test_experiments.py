@@ -6,6 +6,8 @@ import papermill
 import pytest
 
 from weat_nb.grid import notebook_parameters, read_grid
+from weat_nb.plots import Table
+from weat_nb.records import measured_table, read_records
 from weat_nb.train import TrainConfig
 
 yaml = pytest.importorskip('yaml')
@@ -52,4 +54,11 @@ def test_the_page_is_up_to_date(tmp_path):
     page = root/'nbs/experiments.ipynb'
     fresh = tables(papermill.execute_notebook(page, tmp_path/'out.ipynb', cwd=tmp_path, progress_bar=False))
     assert fresh[0].count('\n') == 25
-    assert fresh == tables(json.loads(page.read_text())), 'the records or the parameter files have changed: run nbdev-test --path nbs/experiments.ipynb --save && nbdev-clean'
+    assert fresh == tables(json.loads(page.read_text())), 'the records or the parameter files have changed: run nbdev-test nbs/experiments.ipynb --save && nbdev-clean'
+
+
+def test_the_first_page_is_up_to_date():
+    "Its table of results, which README.md repeats, is made from the records"
+    nb = json.loads((root/'nbs/index.ipynb').read_text())
+    rows = [{k: v for k, v in row.items() if not k.startswith('paper')} for row in measured_table(read_records(root/'nbs/results/records'))]
+    assert Table(rows)._repr_markdown_() in tables(nb), 'the records have changed: run nbdev-test nbs/index.ipynb --save && nbdev-clean && python tests/readme.py'

@@ -18,6 +18,11 @@ def test_project():
     assert ini.requirements.split() == project['dependencies']
 
 
+def test_package_can_be_built_by_what_dev_installs():
+    "tests/test_package.py builds it without a network"
+    assert set(pyproject['build-system']['requires']) <= set(pyproject['project']['optional-dependencies']['dev'])
+
+
 def test_nbdev():
     config = get_config(root)
     assert config.config_file == root/'pyproject.toml'

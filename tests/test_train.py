@@ -37,6 +37,15 @@ def test_every_objective_trains(objective, tmp_path):
     assert np.isfinite(list(result.history[0].values())).all()
 
 
+@pytest.mark.parametrize('objective, selected', [('standard', 2), ('sat', 1)])
+def test_the_metric_that_selects(objective, selected, tmp_path, monkeypatch):
+    "PGD accuracy; without an attack in training clean accuracy"
+    measured = iter([dict(clean=50., pgd=5.), dict(clean=60., pgd=1.)])
+    monkeypatch.setattr(train, 'summarise', lambda found: next(measured))
+    assert fit(TrainConfig(objective=objective, epochs=2, **TINY), tmp_path/'run').best_epoch == selected
+    assert load_checkpoint(tmp_path/'run/best.safetensors')[1]['epoch'] == selected
+
+
 def test_same_seed_same_weights(tmp_path):
     runs = [fit(TrainConfig(epochs=1, seed=seed, **TINY), tmp_path/str(i)) for i, seed in enumerate((3, 3, 4))]
     same, again, other = [torch.cat([p.flatten() for p in r.model.parameters()]) for r in runs]

@@ -191,8 +191,8 @@ def pgd(
 
     # Tensors made under inference_mode cannot take part in autograd; their clones can.
     with eval_mode(model), torch.inference_mode(False), torch.no_grad():
-        x, y, target, clean_logits = (t if t is None or not t.is_inference() else t.clone()
-                                      for t in (x.detach(), y, target, clean_logits))
+        x = x.detach().clone() if x.is_inference() else x.detach()
+        y, target, clean_logits = (t if t is None or not t.is_inference() else t.clone() for t in (y, target, clean_logits))
         if loss == "kl": clean_logits = check_logits(model(x) if clean_logits is None else clean_logits, x, largest)
         ascend = ascent_loss(loss, y, target, clean_logits)
         x_adv, values = pgd_loop(logits_of, x, starting_point(x, eps, norm, start, generator), ascend,

@@ -33,7 +33,7 @@ class ImageData:
     classes:tuple[str, ...] # the K names
     name:str # name of the data set
 
-    def __post_init__(self):
+    def __post_init__(self)->None:
         x, y, k = self.images, self.labels, len(self.classes)
         if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4 or x.shape[2] != x.shape[3]:
             raise ValueError(f'{self.name}: images must be uint8 (N, C, H, W) with H = W, given {_form(x)}')
@@ -52,16 +52,24 @@ class ImageData:
         if not isinstance(index, slice): index = torch.as_tensor(index, device=self.images.device)
         return replace(self, images=self.images[index], labels=self.labels[index])
 
-    def to(self, device:str|torch.device)->'ImageData':
+    def to(self,
+        device:str|torch.device, # where the images and labels go
+    )->'ImageData':
         "The same data on another device"
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     @property
-    def num_classes(self)->int: return len(self.classes)
+    def num_classes(self)->int:
+        "K"
+        return len(self.classes)
     @property
-    def in_channels(self)->int: return self.images.shape[1]
+    def in_channels(self)->int:
+        "C"
+        return self.images.shape[1]
     @property
-    def image_size(self)->int: return self.images.shape[2]
+    def image_size(self)->int:
+        "Height and width in pixels"
+        return self.images.shape[2]
 
     def __repr__(self)->str:
         n, c, h, w = self.images.shape
@@ -76,11 +84,11 @@ def _form(x:Any)->str:
 @dataclass(frozen=True)
 class DatasetSpec:
     "What is known of a data set before it is loaded"
-    num_classes:int
-    in_channels:int
+    num_classes:int # K
+    in_channels:int # C
     image_size:int # height and width in pixels
-    n_train:int
-    n_test:int
+    n_train:int # training images
+    n_test:int # test images
     pad:int # zero padding of the random crop in training, in pixels
     flip:bool # horizontal flips in training
 
@@ -142,7 +150,7 @@ def augment(
 )->Tensor: # like `images`
     "Random crop and horizontal flip of a batch, each image by itself"
     (b, c, h, w), device = images.shape, images.device
-    def draw(n, *size): return torch.randint(n, size, generator=generator, device=generator.device).to(device)
+    def draw(n:int, *size:int)->Tensor: return torch.randint(n, size, generator=generator, device=generator.device).to(device)
     top, left = draw(2*pad + 1, 2, b, 1)
     mirrored = draw(2, b, 1) if flip else torch.zeros(b, 1, dtype=torch.int64, device=device)
     rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
@@ -170,14 +178,14 @@ def batches(
     return _batches(data, batch_size, generator, pad, flip, drop_last)
 
 # %% ../nbs/parts/data.ipynb #4125a4af
-def _batches(data, batch_size, generator, pad, flip, drop_last):
+def _batches(data:ImageData, batch_size:int, generator:torch.Generator|None, pad:int, flip:bool, drop_last:bool)->Iterator[tuple[Tensor, Tensor]]:
     n, order = len(data), None
     if generator is not None:
         order = torch.randperm(n, generator=generator, device=generator.device).to(data.images.device)
     for start in range(0, n - n%batch_size if drop_last else n, batch_size):
         part = slice(start, start + batch_size) if order is None else order[start:start + batch_size]
         images, labels = data.images[part], data.labels[part]
-        if pad or flip: images = augment(images, generator, pad=pad, flip=flip)
+        if generator is not None and (pad or flip): images = augment(images, generator, pad=pad, flip=flip)
         yield to_float(images), labels
 
 # %% ../nbs/parts/data.ipynb #9a99c2e4

@@ -85,7 +85,8 @@ def data_parallel(
     # torch 2.15 renamed the switch and warns of the old name
     names = inspect.signature(DistributedDataParallel).parameters
     switch = 'forward_sync_buffers' if 'forward_sync_buffers' in names else 'broadcast_buffers'
-    return DistributedDataParallel(model, **{switch: False})
+    off:dict[str, Any] = {switch: False}
+    return DistributedDataParallel(model, **off)
 
 # %% ../nbs/parts/distributed.ipynb #091f15c5
 class _NormaliseTogether(torch.autograd.Function):
@@ -126,6 +127,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self._check_input_dim(x)
         y, mean, var, n = _NormaliseTogether.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
+            assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None # `synchronise_batchnorm` refuses a layer without them
             self.num_batches_tracked += 1
             share = self.momentum if self.momentum is not None else 1/self.num_batches_tracked
             self.running_mean.copy_(self.running_mean + share*(mean - self.running_mean))
@@ -207,7 +209,8 @@ def _caller_kept()->Iterator[None]:
     handlers = {s: signal.getsignal(s) for s in (getattr(signal, n, None) for n in names) if s is not None}
     noisy = ('distributed.elastic', 'distributed.launcher', 'multiprocessing')
     quiet = [logging.getLogger(f'torch.{name}') for name in noisy]
-    before, silence = [(log.propagate, log.handlers) for log in quiet], [logging.NullHandler()]
+    before = [(log.propagate, log.handlers) for log in quiet]
+    silence:list[logging.Handler] = [logging.NullHandler()]
     try:
         for log in quiet: log.propagate, log.handlers = False, silence
         sys.modules['__main__'] = ModuleType('__main__') # without a file: spawn finds nothing to run again

@@ -41,8 +41,10 @@ def data_root(
     return Path(root or os.environ.get('WEAT_DATA') or cache/'weat_nb').expanduser()
 
 # %% ../nbs/parts/fetch.ipynb #ae2180f1
-def md5sum(content:bytes)->str:
-    "MD5 of some bytes as 32 hexadecimal digits"
+def md5sum(
+    content:bytes, # of a file
+)->str: # 32 hexadecimal digits
+    "MD5 of some bytes"
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 def read_checked(
@@ -100,7 +102,9 @@ def unpack(
     with tar, tempfile.TemporaryDirectory(prefix='.fetch-', dir=folder) as tmp:
         for name in names:
             part = Path(tmp)/name
-            part.write_bytes(tar.extractfile(f'{folder.name}/{name}').read())
+            member = tar.extractfile(f'{folder.name}/{name}')
+            assert member is not None # a file, not a folder: the archive is the published one
+            part.write_bytes(member.read())
             if not (folder/name).exists(): os.replace(part, folder/name)
 
 # %% ../nbs/parts/fetch.ipynb #5c1d06c5
@@ -177,7 +181,9 @@ class ArrayUnpickler(pickle.Unpickler):
         if (module, name) in self.allowed: return self.allowed[module, name]
         raise pickle.UnpicklingError(f'the file asks for {module}.{name}, which no data set needs: not loaded')
 
-def unpickle(content:bytes)->dict[str, Any]:
+def unpickle(
+    content:bytes, # of a batch file
+)->dict[str, Any]: # what the file holds, by name
     "Unpickle a batch of CIFAR; latin1 is what Python 2's byte strings need"
     return ArrayUnpickler(io.BytesIO(content), encoding='latin1').load()
 
@@ -223,7 +229,7 @@ def decode_jpegs(
     "Decode JPEGs of one size on all cores; the grey ones become RGB"
     from PIL import Image
     images = np.empty((len(names), 3, size, size), np.uint8)
-    def decode(i):
+    def decode(i:int)->None:
         try: image = np.asarray(Image.open(io.BytesIO(read(names[i]))).convert('RGB'))
         except (OSError, KeyError) as error:
             raise ValueError(f'{names[i]} is missing or damaged ({error}): '
@@ -244,11 +250,11 @@ def read_tiny_imagenet(
     "Read Tiny-ImageNet from its folder or its zip file, fetched if neither is there"
     folder = root/'tiny-imagenet-200'
     if folder.is_dir():
-        def read(name): return (folder/name).read_bytes()
+        def read(name:str)->bytes: return (folder/name).read_bytes()
     else:
         path = download(TINY_URL, root/'tiny-imagenet-200.zip', TINY_MD5)
         archive = zipfile.ZipFile(io.BytesIO(read_checked(path, TINY_MD5)))
-        def read(name): return archive.read(f'tiny-imagenet-200/{name}')
+        def read(name:str)->bytes: return archive.read(f'tiny-imagenet-200/{name}')
     ids = sorted(read('wnids.txt').decode().split())
     words = dict(line.split('\t', 1) for line in read('words.txt').decode().splitlines())
     if train: names = {f'train/{i}/images/{i}_{n}.JPEG': k for k, i in enumerate(ids) for n in range(500)}
@@ -259,7 +265,7 @@ def read_tiny_imagenet(
     return decode_jpegs(read, list(names)), labels, tuple(words[i].split(',')[0] for i in ids)
 
 # %% ../nbs/parts/fetch.ipynb #ee610d8a
-READERS = {
+READERS:dict[str, Callable[[bool, Path], Arrays]] = {
     'fashion_mini': read_fashion_mini,
     'fashion_mnist': read_fashion_mnist,
     'cifar10': read_cifar,

@@ -26,11 +26,11 @@ def notebook_parameters(
     "What a notebook can be told"
     cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
     source = ''.join(next((c['source'] for c in cells if 'parameters' in c['metadata'].get('tags', [])), []))
-    lines = [n for n in ast.parse(source).body if isinstance(n, ast.AnnAssign) and n.value]
-    if not lines: raise ValueError(f'{notebook} has no cell tagged "parameters" with lines `name: type = default`: there is nothing to vary')
-    kinds, defaults = dict(int=int, float=float, str=str, bool=bool), {}
+    kinds = {n.target.id: ast.unparse(n.annotation) for n in ast.parse(source).body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.value}
+    if not kinds: raise ValueError(f'{notebook} has no cell tagged "parameters" with lines `name: type = default`: there is nothing to vary')
+    defaults:dict[str, Any] = {}
     exec(source, defaults)
-    return {n.target.id: (kinds.get(ast.unparse(n.annotation)), defaults[n.target.id]) for n in lines}
+    return {name: (dict(int=int, float=float, str=str, bool=bool).get(kind), defaults[name]) for name, kind in kinds.items()}
 
 # %% ../nbs/parts/grid.ipynb #20976526
 PLACE = ('device', 'root', 'num_processes', 'resume', 'run_dir') # where and how a run is computed, not what
@@ -44,9 +44,19 @@ class Stage:
     given:dict[str, Any] # parameters as the file says them
     identity:dict[str, Any] # those that are not the default, in their own types
 
-    def output(self, folder:Path)->Path: return folder/self.notebook.name # the executed notebook
-    def run_dir(self, folder:Path)->Path: return folder/self.notebook.stem
-    def key(self)->list: return [self.notebook.stem, self.identity]
+    def output(self,
+        folder:Path, # of the run
+    )->Path:
+        "The executed notebook"
+        return folder/self.notebook.name
+    def run_dir(self,
+        folder:Path, # of the run
+    )->Path:
+        "What the notebook is given as its run_dir"
+        return folder/self.notebook.stem
+    def key(self)->list:
+        "What makes two stages the same"
+        return [self.notebook.stem, self.identity]
 
 @dataclass(frozen=True)
 class Run:
@@ -84,7 +94,7 @@ def _read_yaml(path:Path)->Any:
     "YAML in which a key that comes twice is an error: PyYAML would keep the last in silence"
     import yaml
     class Loader(yaml.SafeLoader): pass
-    def mapping(loader, node):
+    def mapping(loader:Any, node:Any)->dict[Any, Any]:
         keys = [loader.construct_object(k) for k, _ in node.value]
         twice = [k for i, k in enumerate(keys) if k in keys[:i]]
         if twice: raise ValueError(f'{path}, line {node.start_mark.line + 1}: {twice[0]!r} is there twice')
@@ -93,7 +103,7 @@ def _read_yaml(path:Path)->Any:
     try: return yaml.load(path.read_text(encoding='utf-8'), Loader)
     except yaml.YAMLError as e: raise ValueError(f'{path} is not YAML: {e}') from None
 
-def _mapping(value:Any, what:str, allowed:tuple[str, ...]|None = None)->dict[str, Any]:
+def _mapping(value:Any, what:str, allowed:tuple[str, ...] = ())->dict[str, Any]:
     if not isinstance(value, dict): raise ValueError(f'{what} must be a mapping of names to values, not {value!r}')
     for key in value if allowed else ():
         if key not in allowed: raise ValueError(f'{what} has no key {key!r}{suggest(key, allowed) or "."} The keys are: {", ".join(allowed)}')
@@ -133,12 +143,13 @@ def read_grid(
         later = _mapping(later, f'{path}, then', ('notebook', 'parameters'))
         second = _notebook(later.get('notebook'), path), _mapping(later.get('parameters') or {}, f'{path}, then, parameters')
         if second[0].name == notebook.name: raise ValueError(f'{path}: both notebooks are called {notebook.name}; the second would overwrite the first')
-    runs = {}
+    runs:dict[str, Run] = {}
     for combination in _combinations(spec.get('grid') or [{}], path):
         both = set(combination) & set(fixed)
         if both: raise ValueError(f'{path}: {min(both)} is there twice, among parameters and in the grid')
         stage = _stage(notebook, {**fixed, **combination}, str(path))
-        folder, stages = _folder(out, stage, combination), (stage,)
+        folder = _folder(out, stage, combination)
+        stages:tuple[Stage, ...] = (stage,)
         if later:
             then = _stage(*second, f'{path}, then')
             fill = lambda v: v.replace('{run_dir}', str(stage.run_dir(folder))) if isinstance(v, str) else v

@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,12 +105,12 @@ def as_float32(
 # %% ../nbs/parts/guards.ipynb #846a96d2
 @contextmanager
 def eval_mode(
-    model:Callable[[Tensor], Tensor], # an nn.Module; any other callable has no mode and is left alone
+    model:Callable[..., object], # an nn.Module; any other callable has no mode and is left alone
 )->Iterator[None]:
     "Evaluation mode inside the block, every submodule's own mode after it"
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
     try:
-        if modes: model.eval()
+        if isinstance(model, nn.Module): model.eval()
         yield
     finally:
         for module, training in modes: module.training = training
@@ -118,14 +119,14 @@ def eval_mode(
 class _ImagesOnly(torch.autograd.Function):
     "A model as one node of the graph, whose only differentiable input are the images"
     @staticmethod
-    def forward(ctx, x:Tensor, model:Callable[[Tensor], Tensor])->Tensor:
+    def forward(ctx:Any, x:Tensor, model:Callable[[Tensor], Tensor])->Tensor:
         with torch.enable_grad():
             ctx.x = x.detach().requires_grad_()
             ctx.logits = as_float32(model(ctx.x))
         return ctx.logits.detach().clone()
 
     @staticmethod
-    def backward(ctx, grad:Tensor)->tuple[Tensor, None]:
+    def backward(ctx:Any, grad:Tensor)->tuple[Tensor, None]:
         return torch.autograd.grad(ctx.logits, ctx.x, grad, retain_graph=True)[0], None
 
 def images_only(

@@ -36,7 +36,7 @@ def energy_record(
     y:Tensor, # (B,) int64 labels
 )->dict[str, Tensor]: # (B,) each: correctness, energies and their differences, natural and attacked
     "What an attack did to each image: correct or not, $E(x)$, $E(x, y)$ and their $\\Delta$ (nats)"
-    out = {}
+    out:dict[str, Tensor] = {}
     for name, images in (('nat', x), ('adv', x_adv)):
         z = net(images).float()
         out |= {f'correct_{name}': (z.argmax(1) == y).float(), f'energy_{name}': marginal_energy(z), f'joint_{name}': joint_energy(z, y)}
@@ -132,9 +132,8 @@ def steps_energies(
 )->dict[str, Tensor]: # (S, N) each: what `steps_record` says
     "Energies of many images along one run of PGD"
     net, device = FrozenCopy(model), next(model.parameters()).device
-    options = dict(loss=loss, counts=list(counts), eps=eps, step_size=step_size)
-    measure = lambda x, y, s: steps_record(net, x, y, **options, generator=torch.Generator(device).manual_seed(s))
-    settings = dict(weights=_digest(model.state_dict()), seed=seed, **options)
+    measure = lambda x, y, s: steps_record(net, x, y, loss=loss, counts=counts, eps=eps, step_size=step_size, generator=torch.Generator(device).manual_seed(s))
+    settings = dict(weights=_digest(model.state_dict()), seed=seed, loss=loss, counts=list(counts), eps=eps, step_size=step_size)
     return over_batches(measure, data.to(device), seed=seed, batch_size=batch_size, folder=folder, settings=settings, progress=progress)
 
 def between(
@@ -177,7 +176,9 @@ LABELS = {'pgd': 'PGD', 'trades': 'TRADES (KL)', 'apgd': 'APGD', 'apgd-t': 'APGD
           'square': 'Square', 'cw-l2': 'CW (ℓ2)', 'cw-linf': 'CW (ℓ∞)'}
 KINDS = {'energy': '$E(x)$', 'joint': '$E(x, y)$'}
 
-def short_name(model:str)->str:
+def short_name(
+    model:str, # name of `load_pretrained`, or the path of a checkpoint
+)->str: # for example sat-resnet8
     "A model's name for a figure: without its data set; of a file the name of its folder"
     if model.endswith('.safetensors'): return Path(model).parent.name or Path(model).stem
     return model.split(':')[-1] if ':' in model else model.split('-', 1)[-1]
@@ -314,7 +315,7 @@ def attack_claims(
 )->list[dict[str, Any]]: # a row for each claim about an attack that was run: the paper's words, what was measured, held or not
     "Claims of Fig. C and its caption"
     rows, pgd, trades = [], measured.get('pgd'), measured.get('trades')
-    def add(claim, paper, here, held): rows.append(dict(claim=claim, paper=paper, here=here, held='yes' if held else 'no'))
+    def add(claim:str, paper:str, here:str, held:bool)->None: rows.append(dict(claim=claim, paper=paper, here=here, held='yes' if held else 'no'))
     for name, m in measured.items():
         mean, error = shift(m)
         if name in LEFT: add(f'{LABELS[name]} moves E(x) left', 'left', _moved(m), mean < -2*error)
@@ -330,7 +331,7 @@ def attack_claims(
         add('E(x, y) spreads more under TRADES than under PGD', 'much larger', '{trades:.2f} against {pgd:.2f} nats'.format(**spread), spread['trades'] > spread['pgd'])
     if len(measured) > 1 and (cw := measured.get('cw-l2')):
         overlap = {n: abs(auroc(m['energy_adv'], m['energy_nat']) - .5) for n, m in measured.items()}
-        nearest = min(overlap, key=overlap.get)
+        nearest = min(overlap, key=lambda n: overlap[n])
         add('Under CW, E(x) overlaps most with the natural images: AUROC nearest ½', 'CW', f"nearest: {LABELS[nearest]}, {overlap[nearest]:.3f} off ½; CW {overlap['cw-l2']:.3f}", measured[nearest] is cw)
     return rows
 

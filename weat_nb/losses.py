@@ -201,6 +201,11 @@ class Objective:
     source:str # where it was published
     function:Callable[..., Tensor] = field(repr=False) # the loss itself
 
+    def inner_attack(self)->tuple[str, str]: # what PGD maximises, and where it begins
+        "The attack inside the method; a method without one is an error"
+        if self.attack is None or self.start is None: raise ValueError(f"objective {self.name!r} has no attack: it sees natural images only")
+        return self.attack, self.start
+
     def loss(self,
         logits:Tensor|None, # (B, K) logits at x; None if not needs_clean
         logits_adv:Tensor|None, # (B, K) logits at x*; None if not needs_adv

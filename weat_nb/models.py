@@ -58,17 +58,26 @@ class ImageClassifier(nn.Module):
     conv_bn: tuple[tuple[str, str], ...] = () # names of a convolution and the batch normalisation that follows it at once
     linear: nn.Linear # the last layer
 
-    def __init__(self, in_channels:int):
+    def __init__(
+        self,
+        in_channels:int, # C
+    ):
         super().__init__()
         self.in_channels = in_channels
         self.normalize: nn.Module = nn.Identity()
 
-    def features(self, x:Tensor)->Tensor:
-        "The last feature map, (B, D, H', W')"
+    def features(
+        self,
+        x:Tensor, # (B, C, H, W) normalised images
+    )->Tensor: # (B, D, H', W')
+        "The last feature map"
         raise NotImplementedError
 
-    def classify(self, h:Tensor)->Tensor:
-        "Logits (B, K) from the averaged features (B, D)"
+    def classify(
+        self,
+        h:Tensor, # (B, D) features, averaged over positions
+    )->Tensor: # (B, K)
+        "Logits from the features"
         return self.linear(h)
 
     def forward(self, x:Tensor)->Tensor:
@@ -88,7 +97,11 @@ def conv3x3(
 class PadShortcut(nn.Module):
     "Option A of He et al. (2016): every second pixel, zeros for the new channels; no parameters"
 
-    def __init__(self, c_in:int, c_out:int):
+    def __init__(
+        self,
+        c_in:int, # channels that come in
+        c_out:int, # channels that go out
+    ):
         super().__init__()
         self.pad = (c_out - c_in) // 2 # zeros go half before and half after the channels there are
 
@@ -166,7 +179,11 @@ class ResNet18(ImageClassifier):
     "ResNet-18 for small images: four stages of two blocks, widths 64 to 512, stem 3×3 with stride 1"
     conv_bn = (("conv1", "bn1"),)
 
-    def __init__(self, num_classes:int, in_channels:int):
+    def __init__(
+        self,
+        num_classes:int, # K
+        in_channels:int, # C
+    ):
         super().__init__(in_channels)
         self.conv1, self.bn1 = conv3x3(in_channels, 64), nn.BatchNorm2d(64)
         self.layer1 = stage(BasicBlock, 64, 64, 2, stride=1)
@@ -197,11 +214,18 @@ class PreActBlock(nn.Module):
         if self.changes_shape:
             self.add_projection_shortcut(nn.Conv2d(c_in, c_out, 1, stride, bias=False))
 
-    def add_projection_shortcut(self, conv:nn.Conv2d)->None:
+    def add_projection_shortcut(
+        self,
+        conv:nn.Conv2d, # 1×1
+    )->None:
         "Keep the 1×1 convolution under the name it has in public checkpoints"
         self.shortcut = nn.Sequential(conv)
 
-    def project(self, h:Tensor)->Tensor:
+    def project(
+        self,
+        h:Tensor, # (B, c_in, H, W) relu(bn(x))
+    )->Tensor: # (B, c_out, H', W')
+        "The shortcut where the shape changes"
         return self.shortcut(h)
 
     def forward(self, x:Tensor)->Tensor:
@@ -213,7 +237,11 @@ class PreActBlock(nn.Module):
 class PreActResNet18(ImageClassifier):
     "ResNet-18 of pre-activation blocks, with a last batch normalisation before the average"
 
-    def __init__(self, num_classes:int, in_channels:int):
+    def __init__(
+        self,
+        num_classes:int, # K
+        in_channels:int, # C
+    ):
         super().__init__(in_channels)
         self.conv1 = conv3x3(in_channels, 64)
         self.layer1 = stage(PreActBlock, 64, 64, 2, stride=1)

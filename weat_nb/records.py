@@ -63,7 +63,7 @@ def record_rows(
     return rows
 
 # %% ../nbs/parts/records.ipynb #89c1d31c
-PAPER_RESULTS = { # accuracy (%) under PGD and AutoAttack, ResNet-18, l-inf 8/255. SECONDARY: from a digest of the paper's main table, not from the paper
+PAPER_RESULTS:dict[str, dict[str, tuple[float|None, float|None]]] = { # accuracy (%) under PGD and AutoAttack, ResNet-18, l-inf 8/255. SECONDARY: from a digest of the paper's main table, not from the paper
     'cifar10':  dict(sat=(49.03, 45.37), trades=(52.65, 49.46), mail_trades=(53.09, 49.42), weat_nat=(52.43, 49.02), weat_adv=(53.35, 49.75)),
     'cifar100': dict(sat=(23.89, 20.99), trades=(28.53, 24.29), mail_trades=(28.79, 24.24), weat_nat=(29.71, 24.88), weat_adv=(30.90, 25.63)),
     'svhn':     dict(sat=(50.54, 44.87), trades=(55.52, 48.13), mail_trades=(54.94, 47.48), weat_nat=(55.31, 48.61), weat_adv=(56.40, 49.60)),
@@ -110,8 +110,8 @@ def measured_table(
     for group in groups.values():
         training, first = _training(group[0]), group[0]
         images = {a: sorted({r['num_images'] for record in group for r in record['results'] if r['attack'] == a}) for a in _COLUMNS}
-        paper = PAPER_RESULTS.get(first['data']['dataset'], {}).get(training.get('objective'), (None, None))
-        rows.append({'data': first['data']['dataset'], 'objective': training.get('objective') or first['model']['name'], 'network': first['model']['arch'], 'epochs': training.get('epochs'), 'seeds': len(group),
+        paper = PAPER_RESULTS.get(first['data']['dataset'], {}).get(training.get('objective', ''), (None, None))
+        rows.append({'data': first['data']['dataset'], 'objective': training.get('objective') or first['model']['name'], 'network': first['model']['arch'], 'epochs': training.get('epochs'), 'arithmetic': training.get('precision'), 'seeds': len(group),
                      **{column: _cell(group, a) for a, column in _COLUMNS.items()},
                      'images': ', '.join(f"{'/'.join(map(str, images[a]))} {column}" for a, column in _COLUMNS.items() if images[a]),
                      'paper, ResNet-18: PGD': paper[0], 'paper, ResNet-18: AutoAttack': paper[1]})

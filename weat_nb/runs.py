@@ -64,7 +64,8 @@ def read_lines(
     path:str|Path, # the .jsonl file
 )->list[dict]: # its records; an absent file has none
     "Read JSON lines; a damaged line is an error that names it"
-    path, rows = Path(path), []
+    path = Path(path)
+    rows:list[dict] = []
     if not path.exists(): return rows
     for i, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
         try: rows.append(json.loads(line))
@@ -116,7 +117,7 @@ def lock_run(
 # %% ../nbs/parts/runs.ipynb #021e692f
 def _in_notebook()->bool:
     "Is there a front end that can update a display?"
-    try: from IPython import get_ipython # type: ignore[attr-defined]
+    try: from IPython import get_ipython
     except ImportError: return False
     return hasattr(get_ipython(), 'kernel')
 

@@ -9,7 +9,7 @@ __all__ = ['reference_step', 'forward_passes', 'forward_cost', 'FrozenCopy', 'St
 
 # %% ../nbs/10_speed.ipynb #e51d3715
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,12 +37,13 @@ def reference_step(
     "One update as the authors' code computes it (Algorithm 1; float32, nothing hoisted): the oracle and the yardstick"
     o = get_objective(objective)
     if x_adv is None:
+        kind, begin = o.inner_attack()
         model.eval()
-        x_adv = starting_point(x, eps, start=o.start, generator=generator)
+        x_adv = starting_point(x, eps, start=begin, generator=generator)
         for _ in range(steps):
             x_adv = x_adv.detach().requires_grad_()
-            clean = model(x) if o.attack == 'kl' else None # in every step, though it does not change
-            value = ascent_loss(o.attack, y, clean_logits=clean)(model(x_adv)).sum()
+            clean = model(x) if kind == 'kl' else None # in every step, though it does not change
+            value = ascent_loss(kind, y, clean_logits=clean)(model(x_adv)).sum()
             gradient, = torch.autograd.grad(value, x_adv)
             x_adv = (x_adv.detach() + step_size*gradient.sign()).clamp(x - eps, x + eps).clamp(0, 1)
     model.train()
@@ -108,10 +109,10 @@ class FrozenCopy:
                 self.pairs.append((getattr(theirs, c), getattr(theirs, b), conv))
                 prefix = f'{name}.' if name else ''
                 folded |= {f'{prefix}{c}.weight', f'{prefix}{c}.bias'}
-        self.model.to(dtype=self.dtype, memory_format=self.format).requires_grad_(False)
+        self.model.to(dtype=self.dtype).to(memory_format=self.format).requires_grad_(False)
         source = dict(model.state_dict(keep_vars=True))
         self.rest = [(source[n], t) for n, t in self.model.state_dict(keep_vars=True).items() if n not in folded]
-        self.forward = self.model # may be replaced by a compiled version
+        self.forward:Callable[[Tensor], Tensor] = self.model # may be replaced by a compiled version
         self.refresh()
 
     @torch.no_grad()
@@ -177,12 +178,14 @@ class TrainStep:
         config:StepConfig = StepConfig(), # the tricks
     ):
         self.model, self.objective, self.beta, self.config = model, get_objective(objective), beta, config
-        self.radii, self.steps, self.graphs = dict(eps=eps, step_size=step_size), steps, {}
+        self.eps, self.step_size, self.steps = eps, step_size, steps
+        self.graphs:dict[tuple[torch.Size, torch.dtype], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {} # by shape and type of the images
         self.device_type, self.checked = next(model.parameters()).device.type, False
         self.exact_start = self.objective.attack == 'kl' and config.bf16 and config.exact_start
         if config.graph and self.device_type != 'cuda': raise ValueError(f'graph=True needs a CUDA device; the model is on {self.device_type}')
         if config.channels_last: model.to(memory_format=torch.channels_last)
-        self.exact = self.fast = None
+        self.exact:FrozenCopy|None = None # what is attacked, where the objective attacks
+        self.fast:FrozenCopy|None = None
         if self.objective.attack:
             self.exact = FrozenCopy(model, channels_last=config.channels_last, fold=config.fold)
             self.fast = FrozenCopy(model, torch.bfloat16, config.channels_last, config.fold) if config.bf16 else self.exact
@@ -196,11 +199,12 @@ class TrainStep:
         start:Tensor|None = None, # (B, C, H, W) where to begin; None: drawn as the objective says
     )->Tensor: # (B, C, H, W) attacked images
         "The objective's inner maximisation against the model in evaluation mode"
+        (_, begin), (fast, exact) = self.objective.inner_attack(), self._copies()
         if not self.checked: # once: the images of a run all come the same way
             check_images(x)
             self.checked = True
-        for frozen in {self.fast, self.exact} if self.exact_start else {self.fast}: frozen.refresh()
-        if start is None: start = starting_point(x, self.radii['eps'], start=self.objective.start, generator=generator)
+        for frozen in {fast, exact} if self.exact_start else {fast}: frozen.refresh()
+        if start is None: start = starting_point(x, self.eps, start=begin, generator=generator)
         if not self.config.graph: return self._ascend(x, y, start)
         key = (x.shape, x.dtype)
         if key not in self.graphs: self.graphs[key] = self._capture(x, y, start)
@@ -209,20 +213,26 @@ class TrainStep:
         graph.replay()
         return x_adv.clone()
 
+    def _copies(self)->tuple[FrozenCopy, FrozenCopy]:
+        "What is attacked, fast and exact"
+        assert self.fast is not None and self.exact is not None # the objective attacks
+        return self.fast, self.exact
+
     @torch.no_grad()
     def _ascend(self, x:Tensor, y:Tensor, start:Tensor)->Tensor:
         "The attack without checks and without waiting for the device"
-        kind, steps, x_adv, values = self.objective.attack, self.steps, start, []
+        (kind, _), (fast, exact) = self.objective.inner_attack(), self._copies()
+        steps, x_adv, values = self.steps, start, []
         with exact_float32(self.exact_start):
-            clean = (self.exact if self.exact_start else self.fast)(x) if kind == 'kl' else None
+            clean = (exact if self.exact_start else fast)(x) if kind == 'kl' else None
             ascend = ascent_loss(kind, y, clean_logits=clean)
             if self.exact_start:
-                x_adv, value = pgd_loop(self.exact, x, x_adv, ascend, steps=1, **self.radii)
+                x_adv, value = pgd_loop(exact, x, x_adv, ascend, eps=self.eps, step_size=self.step_size, steps=1)
                 steps, values = steps - 1, [value]
-        x_adv, value = pgd_loop(self.fast, x, x_adv, ascend, steps=steps, **self.radii)
+        x_adv, value = pgd_loop(fast, x, x_adv, ascend, eps=self.eps, step_size=self.step_size, steps=steps)
         return x_adv + 0*torch.cat([*values, value]).sum() # sign(NaN) is 0: a NaN in the attack must show in its images
 
-    def _capture(self, *inputs:Tensor)->tuple:
+    def _capture(self, *inputs:Tensor)->tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         "The attack as a CUDA graph over buffers of this shape: three rounds on a side stream to warm up, then the capture"
         buffers, device = [t.clone() for t in inputs], inputs[0].device
         with torch.cuda.device(device):
@@ -251,7 +261,7 @@ class TrainStep:
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.config.bf16):
             logits = self.model(x.contiguous(memory_format=layout)) if o.needs_clean else None
-            logits_adv = self.model(x_adv.contiguous(memory_format=layout)) if o.needs_adv else None
+            logits_adv = self.model(x_adv.contiguous(memory_format=layout)) if o.needs_adv and x_adv is not None else None
         loss = o.loss(logits, logits_adv, y, beta=self.beta, weighted=weighted)
         loss.backward()
         return loss.detach()

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def share(
     slot:int, # which of the processes that run at once, from 0
     jobs:int, # how many run at once
     cores:int, # that there are
-    gpus:list[str] = (), # that there are
+    gpus:Sequence[str] = (), # that there are
 )->dict[str, str]: # the environment of the process
     "A process's share of the machine"
     env = {n: str(max(1, cores//jobs)) for n in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')} | dict(os.environ)
@@ -130,7 +130,8 @@ def run_local(
 )->None:
     "Run in processes of this machine"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    waiting, running, gpus = list(runs), {}, _gpus() if jobs > 1 else []
+    waiting, gpus = list(runs), _gpus() if jobs > 1 else []
+    running:dict[int, tuple[Run, subprocess.Popen]] = {} # by slot
     try:
         while waiting or running:
             for slot in range(jobs):
@@ -170,7 +171,7 @@ def run_slurm(
     from submitit import SlurmExecutor
     executor = SlurmExecutor(runs[0].folder.parent/'slurm')
     executor.update_parameters(**{'job_name': 'weat-sweep', 'time': 24*60, **({'array_parallelism': jobs} if jobs else {}), **options})
-    noted = lambda run: (run.folder/'slurm_job').read_text() if (run.folder/'slurm_job').exists() else None
+    noted = lambda run: (run.folder/'slurm_job').read_text() if (run.folder/'slurm_job').exists() else ''
     queue = _in_queue()
     if queue is None: raise RuntimeError('squeue does not answer: is this a machine of a Slurm cluster?')
     new = [run for run in runs if noted(run) not in queue]
@@ -195,7 +196,7 @@ def scores(
     folder:Path, # of a run
 )->dict[str, Any]: # columns of its row
     "What a run reached, from its metrics and its evaluation records"
-    found = {}
+    found:dict[str, Any] = {}
     for file in sorted(folder.glob('*/metrics.jsonl')):
         best = max((row for row in read_lines(file) if 'pgd' in row), key=lambda row: row['pgd'], default=None)
         if best: found |= {'selected epoch': best['epoch'], 'held-out clean (%)': best['clean'], 'held-out PGD-20 (%)': best['pgd']}
@@ -285,15 +286,15 @@ def run_sweep(
     "Run what is not finished, then write the table"
     todo = [run for run in runs if not finished(run)]
     progress, failed = Progress(len(runs), 'runs', done=len(runs) - len(todo), show=bool(todo)), []
-    def report(run):
+    def report(run:Run)->None:
         if failure(run): failed.append(run)
         progress.step(f'runs ({len(failed)} failed)' if failed else None)
     for run in todo: _prepare(run)
     main_thread = threading.current_thread() is threading.main_thread() # only there can signals be handled
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None # asked to end, it stops its children as with Ctrl-C
     try:
-        if todo and slurm is None: run_local(todo, jobs or 1, report)
-        elif todo: run_slurm(todo, jobs, report, slurm)
+        if todo and slurm is not None: run_slurm(todo, jobs, report, slurm)
+        elif todo: run_local(todo, jobs or 1, report)
     finally:
         if main_thread: signal.signal(signal.SIGTERM, before)
         progress.close()
@@ -320,7 +321,7 @@ def main(
         print('weat-sweep: stopped; the same command takes it up again', file=sys.stderr)
         return 130
     print((runs[0].folder.parent/'summary.md').read_text(encoding='utf-8'))
-    wrong = [(run.folder.name, *failure(run)) for run in failed]
+    wrong = [(run.folder.name, *why) for run in failed if (why := failure(run))]
     if grid.records: collect_records(runs, grid.records)
     for page in grid.pages:
         try: rebuild_page(page)

@@ -7,7 +7,7 @@ Docs: https://weat-nb.github.io/weat_nb/train_weat.html.md"""
 # %% auto #0
 __all__ = ['PROTOCOLS', 'BETAS', 'protocol', 'TrainConfig', 'one_cycle', 'measure_energies', 'summarise', 'training_data',
            'epoch_batches', 'snapshot_file', 'snapshot_indices', 'NonFiniteError', 'check_finite', 'TrainResult', 'fit',
-           'fit_worker', 'run_name']
+           'fit_worker', 'run_name', 'training_cost']
 
 # %% ../nbs/04_train_weat.ipynb #d9bdcb38
 import hashlib
@@ -34,7 +34,7 @@ from .losses import OBJECTIVES
 from .models import ARCHS, create_model
 from .params import check_params, param, resolve_device
 from .runs import Progress, lock_run, open_run, read_lines, write_lines
-from .step import FrozenCopy, StepConfig, TrainStep, exact_float32
+from .step import FrozenCopy, StepConfig, TrainStep, exact_float32, forward_cost, forward_passes
 
 # %% ../nbs/04_train_weat.ipynb #fa3ce0a4
 _PAPER = dict(arch='resnet18', epochs=100, eps=8/255, step_size=2/255, attack_steps=10, batch_size=128, lr=.1, weight_decay=5e-4, num_val=1000)
@@ -61,26 +61,27 @@ class TrainConfig:
     "One training run: what is trained on what, how, and from which seed"
     dataset:str = param(str, 'training data', default='fashion_mini', choices=DATASETS)
     objective:str = param(str, 'training objective', default='weat_adv', choices=OBJECTIVES)
-    beta:float|None = param(float, 'weight of the second term', low=0)
-    arch:str|None = param(str, 'network', choices=ARCHS)
-    epochs:int|None = param(int, 'passes over the training images', low=1)
-    eps:float|None = param(float, 'radius of the l-inf ball, pixels in [0, 1]', above=0, high=1)
-    step_size:float|None = param(float, 'attack step, pixels in [0, 1]', above=0, high=1)
-    attack_steps:int|None = param(int, 'attack steps of an update', low=1)
-    batch_size:int|None = param(int, 'images of an update', low=2)
-    lr:float|None = param(float, 'maximum learning rate', above=0)
-    weight_decay:float|None = param(float, 'weight decay of SGD', low=0)
+    beta:float|None = param(float, 'weight of the second term', low=0) # stays None where the objective has one term
+    # A parameter may be None and then takes the protocol's value; the field read from a config is never None.
+    arch:str = param(str, 'network', choices=ARCHS)
+    epochs:int = param(int, 'passes over the training images', low=1)
+    eps:float = param(float, 'radius of the l-inf ball, pixels in [0, 1]', above=0, high=1)
+    step_size:float = param(float, 'attack step, pixels in [0, 1]', above=0, high=1)
+    attack_steps:int = param(int, 'attack steps of an update', low=1)
+    batch_size:int = param(int, 'images of an update', low=2)
+    lr:float = param(float, 'maximum learning rate', above=0)
+    weight_decay:float = param(float, 'weight decay of SGD', low=0)
     seed:int = param(int, 'seed of all randomness', default=0, low=0, high=2**31 - 1)
     device:str = param(str, 'where to compute', default='auto', choices=('auto', 'cuda', 'mps', 'cpu'))
-    precision:str|None = param(str, 'arithmetic of training', choices=('float32', 'bf16'))
+    precision:str = param(str, 'arithmetic of training', choices=('float32', 'bf16'))
     root:str|None = param(str, 'folder of the data sets')
     aux_data:str|None = param(str, '.npz of synthesised images')
     aux_fraction:float = param(float, 'share of each batch drawn from aux_data', default=0., low=0, high=.95)
-    num_train:int|None = param(int, 'training images to use', low=2)
-    num_val:int|None = param(int, 'held-out images that select the model', low=1)
+    num_train:int|None = param(int, 'training images to use', low=2) # None: all
+    num_val:int = param(int, 'held-out images that select the model', low=1)
     sync_batchnorm:bool = param(bool, 'with several processes: normalise over the batches of all', default=True)
 
-    def __post_init__(self):
+    def __post_init__(self)->None:
         check_params(self)
         defaults = protocol(self.dataset, self.objective)
         if defaults['beta'] is None and self.beta is not None:
@@ -189,6 +190,7 @@ def epoch_batches(
     n_aux = config.aux_images()
     for x, y in batches(train, config.batch_size - n_aux, generator=generator, pad=spec.pad, flip=spec.flip, drop_last=True):
         if n_aux:
+            assert aux is not None # `training_data` gives them where the config asks for a share
             chosen = torch.randint(len(aux), (n_aux,), device=x.device, generator=generator)
             more = to_float(augment(aux.images[chosen], generator, pad=spec.pad, flip=spec.flip))
             x, y = torch.cat([x, more]), torch.cat([y, aux.labels[chosen]])
@@ -286,7 +288,7 @@ def fit(
                    node_rank=node_rank, rdzv_endpoint=rdzv_endpoint, device=config.device)
         history = read_lines(run/'metrics.jsonl')
         model, _ = load_checkpoint(run/'best.safetensors', device=config.device)
-    return TrainResult(Path(run_dir), history, _best_epoch(history), model, taken_up)
+    return TrainResult(Path(run_dir), history, _best_epoch(history, config.objective), model, taken_up)
 
 def fit_worker(
     values:dict[str, Any], # fields of a TrainConfig
@@ -317,7 +319,10 @@ def _restore(run:Path, model:nn.Module, optimizer:torch.optim.Optimizer)->tuple[
     if is_main(): write_lines(run/'metrics.jsonl', metadata['history'])
     return metadata['history'], part('best')
 
-def _best_epoch(history:list[dict])->int: return max(history, key=lambda h: h['pgd'])['epoch'] # the first of equals
+def _best_epoch(history:list[dict], objective:str)->int:
+    "The epoch to keep: of the highest PGD accuracy, or of the highest clean one where training attacks nothing; the first of equals"
+    metric = 'pgd' if OBJECTIVES[objective].attack else 'clean'
+    return max(history, key=lambda h: h[metric])['epoch']
 
 def _headline(history:list[dict], epochs:int)->str:
     if not history: return f'epoch 1 of {epochs}'
@@ -333,7 +338,9 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
                      steps=config.attack_steps, config=StepConfig.choose(config.device, config.precision))
     step.model = data_parallel(model) # gradients are averaged over the processes; the attack needs none
     n_batches = len(train)//(config.batch_size - config.aux_images())
-    total, history, best = config.epochs*n_batches, [], {}
+    total = config.epochs*n_batches
+    history:list[dict[str, float]] = []
+    best:dict[str, Tensor] = {}
     if (run/'state.safetensors').exists(): history, best = _restore(run, model, optimizer)
     train, held_out, aux = train.to(device), held_out.to(device), aux.to(device) if aux is not None else None
 
@@ -351,8 +358,8 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
             optimizer.zero_grad(set_to_none=True)
             where = f'epoch {epoch}, update {i + 1} of {n_batches}'
             start = None
-            if world_size() > 1 and step.objective.attack: # every process draws the whole batch's noise and keeps its share
-                start = my_share(starting_point(x, config.eps, start=step.objective.start, generator=generator))
+            if world_size() > 1 and (begin := step.objective.start): # every process draws the whole batch's noise and keeps its share
+                start = my_share(starting_point(x, config.eps, start=begin, generator=generator))
             loss = all_mean(step(my_share(x), my_share(y), weighted=weighted, generator=generator, start=start))
             # A NaN stays: a GPU is not made to wait for the check of every update
             if device.type == 'cpu' or i % 25 == 24 or i == n_batches - 1: check_finite(model, loss, where)
@@ -367,7 +374,7 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
             except FloatingPointError as e: raise NonFiniteError(f'held-out images after epoch {epoch}: {e}. {_ADVICE}') from e
             history.append(dict(epoch=epoch, updates=epoch*n_batches, lr=optimizer.param_groups[0]['lr'], loss=torch.stack(losses).mean().item(),
                                 **summarise(measured)))
-            if _best_epoch(history) == epoch: best = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            if _best_epoch(history, config.objective) == epoch: best = {k: v.detach().clone() for k, v in model.state_dict().items()}
             _commit(run, model, optimizer, history, best)
             timing = dict(epoch=epoch, seconds=round(seconds, 3), images_per_second=round(n_batches*config.batch_size/seconds, 1),
                           device=config.device, processes=world_size())
@@ -379,7 +386,7 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
     metadata = dict(config=config.identity(), history=history, version=__version__)
     save_checkpoint(run/'last.safetensors', model, metadata=dict(epoch=len(history), **metadata))
     model.load_state_dict(best)
-    save_checkpoint(run/'best.safetensors', model, metadata=dict(epoch=_best_epoch(history), **metadata))
+    save_checkpoint(run/'best.safetensors', model, metadata=dict(epoch=_best_epoch(history, config.objective), **metadata))
 
 # %% ../nbs/04_train_weat.ipynb #7e73cefe
 def run_name(
@@ -388,3 +395,22 @@ def run_name(
     "A folder name that says what was run; its last part is a digest of the whole config"
     digest = hashlib.sha256(json.dumps(config.identity(), sort_keys=True).encode()).hexdigest()[:8]
     return f'{config.dataset}-{config.objective}-{config.arch}-s{config.seed}-{digest}'
+
+# %% ../nbs/04_train_weat.ipynb #c05700a1
+@lru_cache
+def _network_cost(arch:str, dataset:str, element_size:int)->tuple[int, int, int]: # parameters; operations and bytes of an image's forward pass
+    spec = DATASETS[dataset]
+    model = create_model(arch, spec.num_classes, spec.in_channels, spec.image_size, seed=0).eval()
+    return sum(p.numel() for p in model.parameters()), *forward_cost(model, spec.in_channels, spec.image_size, element_size)
+
+def training_cost(
+    config:TrainConfig, # of the run
+)->dict[str, int]: # passes: forward passes of an update; updates; flop: operations of the run; measuring: those of them that measure held-out images; memory: bytes
+    "What `fit` computes and keeps for a config: operations counted, memory estimated"
+    spec, row, size = DATASETS[config.dataset], OBJECTIVES[config.objective], 2 if config.precision == 'bf16' else 4
+    parameters, flop, moved = _network_cost(config.arch, config.dataset, size)
+    updates = (config.num_train or spec.n_train - config.num_val)//(config.batch_size - config.aux_images())
+    passes, measuring = forward_passes(config.objective, config.attack_steps), flop*config.epochs*config.num_val*(2*20 + 2)
+    activations = config.batch_size*(row.needs_clean + row.needs_adv)*moved//2 # written once
+    return dict(passes=passes, updates=updates*config.epochs, flop=flop*config.epochs*updates*config.batch_size*passes + measuring, measuring=measuring,
+                memory=parameters*(4*4 + 4 + size) + activations + spec.n_train*spec.in_channels*spec.image_size**2)
