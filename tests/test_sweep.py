@@ -105,6 +105,14 @@ def test_failures_are_reported_and_finished_runs_skipped(sweep, capsys):
     assert [row['held-out PGD-20 (%)'] for row in table()] == ['1.0', '2.0']
 
 
+@pytest.mark.parametrize('objective, epoch', [('standard', 2), ('sat', 1)])
+def test_the_row_of_a_run_is_the_epoch_it_keeps(objective, epoch, tmp_path):
+    (tmp_path/'train').mkdir()
+    (tmp_path/'train/config.json').write_text(json.dumps(dict(objective=objective)))
+    (tmp_path/'train/metrics.jsonl').write_text('{"epoch": 1, "clean": 50, "pgd": 5}\n{"epoch": 2, "clean": 60, "pgd": 1}\n')
+    assert scores(tmp_path)['selected epoch'] == epoch
+
+
 def test_a_second_notebook_and_pages(sweep, tmp_path, capsys):
     for name, source in (('page', "import csv\nlen(list(csv.reader(open('runs/grid/summary.csv'))))"), ('broken', "raise ValueError('no records')")): notebook(tmp_path/f'{name}.ipynb', 'n: int = 1', source)
     before, broken = (tmp_path/'page.ipynb').read_text(), (tmp_path/'broken.ipynb').read_text()

@@ -30,7 +30,8 @@ def notebook_parameters(
     if not kinds: raise ValueError(f'{notebook} has no cell tagged "parameters" with lines `name: type = default`: there is nothing to vary')
     defaults:dict[str, Any] = {}
     exec(source, defaults)
-    return {name: (dict(int=int, float=float, str=str, bool=bool).get(kind), defaults[name]) for name, kind in kinds.items()}
+    types = dict(int=int, float=float, str=str, bool=bool)
+    return {name: (types.get(kind), defaults[name]) for name, kind in kinds.items()}
 
 # %% ../nbs/parts/grid.ipynb #20976526
 PLACE = ('device', 'root', 'num_processes', 'resume', 'run_dir') # where and how a run is computed, not what

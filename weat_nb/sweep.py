@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .grid import PLACE, Run, notebook_parameters, read_grid
-from .runs import Progress, lock_run, read_lines, write_text
+from .runs import Progress, best_row, lock_run, read_lines, write_text
 
 # %% ../nbs/parts/sweep.ipynb #ab459c1d
 def _status(folder:Path)->dict[str, Any]:
@@ -198,8 +198,10 @@ def scores(
     "What a run reached, from its metrics and its evaluation records"
     found:dict[str, Any] = {}
     for file in sorted(folder.glob('*/metrics.jsonl')):
-        best = max((row for row in read_lines(file) if 'pgd' in row), key=lambda row: row['pgd'], default=None)
-        if best: found |= {'selected epoch': best['epoch'], 'held-out clean (%)': best['clean'], 'held-out PGD-20 (%)': best['pgd']}
+        config, history = file.with_name('config.json'), [row for row in read_lines(file) if 'pgd' in row]
+        if not history: continue
+        best = best_row(history, json.loads(config.read_text(encoding='utf-8')).get('objective') if config.exists() else None)
+        found |= {'selected epoch': best['epoch'], 'held-out clean (%)': best['clean'], 'held-out PGD-20 (%)': best['pgd']}
     for file in sorted(folder.glob('*/*.json')):
         record = json.loads(file.read_text(encoding='utf-8'))
         if not isinstance(record, dict) or 'results' not in record: continue

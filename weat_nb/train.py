@@ -33,7 +33,7 @@ from .energy import delta_energy, energy_weight, joint_energy, marginal_energy
 from .losses import OBJECTIVES
 from .models import ARCHS, create_model
 from .params import check_params, param, resolve_device
-from .runs import Progress, lock_run, open_run, read_lines, write_lines
+from .runs import Progress, best_row, lock_run, open_run, read_lines, write_lines
 from .step import FrozenCopy, StepConfig, TrainStep, exact_float32, forward_cost, forward_passes
 
 # %% ../nbs/04_train_weat.ipynb #fa3ce0a4
@@ -288,7 +288,7 @@ def fit(
                    node_rank=node_rank, rdzv_endpoint=rdzv_endpoint, device=config.device)
         history = read_lines(run/'metrics.jsonl')
         model, _ = load_checkpoint(run/'best.safetensors', device=config.device)
-    return TrainResult(Path(run_dir), history, _best_epoch(history, config.objective), model, taken_up)
+    return TrainResult(Path(run_dir), history, best_row(history, config.objective)['epoch'], model, taken_up)
 
 def fit_worker(
     values:dict[str, Any], # fields of a TrainConfig
@@ -318,11 +318,6 @@ def _restore(run:Path, model:nn.Module, optimizer:torch.optim.Optimizer)->tuple[
     for name, buffer in part('momentum').items(): optimizer.state[named[name]]['momentum_buffer'] = buffer
     if is_main(): write_lines(run/'metrics.jsonl', metadata['history'])
     return metadata['history'], part('best')
-
-def _best_epoch(history:list[dict], objective:str)->int:
-    "The epoch to keep: of the highest PGD accuracy, or of the highest clean one where training attacks nothing; the first of equals"
-    metric = 'pgd' if OBJECTIVES[objective].attack else 'clean'
-    return max(history, key=lambda h: h[metric])['epoch']
 
 def _headline(history:list[dict], epochs:int)->str:
     if not history: return f'epoch 1 of {epochs}'
@@ -374,7 +369,7 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
             except FloatingPointError as e: raise NonFiniteError(f'held-out images after epoch {epoch}: {e}. {_ADVICE}') from e
             history.append(dict(epoch=epoch, updates=epoch*n_batches, lr=optimizer.param_groups[0]['lr'], loss=torch.stack(losses).mean().item(),
                                 **summarise(measured)))
-            if _best_epoch(history, config.objective) == epoch: best = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            if best_row(history, config.objective)['epoch'] == epoch: best = {k: v.detach().clone() for k, v in model.state_dict().items()}
             _commit(run, model, optimizer, history, best)
             timing = dict(epoch=epoch, seconds=round(seconds, 3), images_per_second=round(n_batches*config.batch_size/seconds, 1),
                           device=config.device, processes=world_size())
@@ -386,7 +381,7 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
     metadata = dict(config=config.identity(), history=history, version=__version__)
     save_checkpoint(run/'last.safetensors', model, metadata=dict(epoch=len(history), **metadata))
     model.load_state_dict(best)
-    save_checkpoint(run/'best.safetensors', model, metadata=dict(epoch=_best_epoch(history, config.objective), **metadata))
+    save_checkpoint(run/'best.safetensors', model, metadata=dict(epoch=best_row(history, config.objective)['epoch'], **metadata))
 
 # %% ../nbs/04_train_weat.ipynb #7e73cefe
 def run_name(
