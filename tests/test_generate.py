@@ -271,7 +271,7 @@ def test_shipped_robust_network_generates_and_the_standard_one_does_not(fashion,
     ours, theirs = (sgld(n, x, y, steps=20, step_size=.2, friction=.8, noise_std=.001, generator=seeded(1)) for n in (robust, standard))
     assert (ours.energies.mean(1).diff() < 0).all()
     assert 0 <= ours.images.min() and ours.images.max() <= 1
-    with torch.no_grad(): (right, before), (other, before_other) = (((net(images).argmax(1) == y).float().mean() for images in (ours.images, x)) for net in (judge, independent))
+    with torch.no_grad(): (right, before), (other, before_other) = ([(net(images).argmax(1) == y).float().mean() for images in (ours.images, x)] for net in (judge, independent))
     assert right > .9 and right > before
     assert other > before_other # to a network of another seed, too
     real = extract_features(load_dataset('fashion_mini', 'test').images[:500], judge)
