@@ -1,6 +1,8 @@
 "What several test files read, made once for all of pytest's processes"
+import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -19,3 +21,28 @@ def prepared(tmp_path_factory):
             prepare(folder)
             done.touch()
     return folder/'_proc'
+
+
+FAULTS = Path(__file__).with_name('faults.json')
+
+
+def pytest_addoption(parser):
+    parser.addoption('--record-faults', action='store_true', help='write into tests/faults.json what the tests inject, for nbs/parts/faults.ipynb')
+
+
+@pytest.fixture
+def survived(request):
+    """`survived(area, fault, times, outcome)`: a row of the table of faults, of a test that has injected them and passed.
+
+    The row must be the recorded one, so that the page says what the tests do."""
+    def row(area, fault, times, outcome):
+        new = dict(area=area, fault=fault, times=times, outcome=outcome, test=f'{request.path.name}::{request.function.__name__}')
+        shared = Path(request.config.cache.mkdir('faults'))
+        with FileLock(shared/'lock'):
+            rows = json.loads(FAULTS.read_text(encoding='utf-8')) if FAULTS.exists() else []
+            if not request.config.getoption('--record-faults'):
+                assert new in rows, f'{new} is not in {FAULTS.name}: run pytest --record-faults, then fill nbs/parts/faults.ipynb'
+                return
+            rows = [r for r in rows if (r['test'], r['fault']) != (new['test'], fault)] + [new]
+            FAULTS.write_text(json.dumps(sorted(rows, key=lambda r: (r['area'], r['test'], r['fault'])), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    return row

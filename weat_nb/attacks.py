@@ -1,4 +1,4 @@
-"""The inner maximisation of training, projected gradient descent on CE, KL or DLR, and the ten attacks of a test
+"""The inner maximisation of training, projected gradient descent on CE, KL or DLR, and the ten attacks of a test.
 
 Docs: https://weat-nb.github.io/weat_nb/attacks.html.md"""
 
@@ -127,7 +127,7 @@ def pgd_loop(
     step_size:float, # length of a step, pixel units
     steps:int, # number of gradient steps
     norm:str = "linf", # "linf" or "l2"
-)->tuple[Tensor, Tensor]: # x* (B, C, H, W), and (steps, B) the maximised loss before each step
+)->tuple[Tensor, Tensor]: # x* (B, C, H, W), and (steps, B) the maximised loss before each step; NaN where its gradient is not finite
     "Projected gradient ascent without checks and without waiting for the device"
     project, values = projection(x, eps, norm), [x.new_empty(0, len(x))]
     for _ in range(steps):
@@ -137,7 +137,8 @@ def pgd_loop(
             # In evaluation mode images do not see each other: the gradient of the sum holds each image's own.
             grad, = torch.autograd.grad(value.sum(), x_adv)
         x_adv = project(x_adv.detach() + step_size * ascent_direction(grad, norm))
-        values.append(value.detach()[None])
+        # sign(NaN) is 0: a NaN in the gradient shows in the values, else the image would quietly stay where it is.
+        values.append((value.detach() + 0 * grad.sum(dim=(1, 2, 3)))[None])
     return x_adv.detach(), torch.cat(values)
 
 # %% ../nbs/02_attacks.ipynb #f303ffe1
@@ -200,8 +201,8 @@ def pgd(
     bad = ~values.isfinite().all(dim=1)
     if bad.any():
         step = int(bad.nonzero()[0])
-        raise FloatingPointError(f"the attacked {loss} loss is NaN or infinite in step {step} of {steps} (from 0): "
-                                 "the model's logits are not finite")
+        raise FloatingPointError(f"the attacked {loss} loss or its gradient is NaN or infinite in step {step} of {steps} (from 0): "
+                                 "the model's logits are not finite, or a root or logarithm at 0 has no slope")
     return x_adv
 
 # %% ../nbs/02_attacks.ipynb #70539714
@@ -287,8 +288,15 @@ def attack(
     if generator is not None: seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     arguments = dict(eps=eps, steps=steps, seed=seed)
     read = inspect.signature(row.function).parameters
+    def watched(z:Tensor)->Tensor:
+        "The model; logits that are not finite would be taken for an answer, right or wrong"
+        logits = model(z)
+        strange.logical_or_(~logits.detach().isfinite().all())
+        return logits
+
     with eval_mode(model), torch.inference_mode(False), torch.no_grad():
-        x, y = (t.clone() if t.is_inference() else t for t in (x.detach(), y))
+        strange = torch.zeros((), dtype=torch.bool, device=x.device)
+        x, y = (t.clone() if t.is_inference() else t for t in (x.detach().contiguous(), y)) # pyautoattack views pixels as vectors
         logits = check_logits(model(x), x, largest)
         if logits.shape[1] < row.min_classes:
             possible = [a.name for a in ATTACKS.values() if a.min_classes <= logits.shape[1]]
@@ -296,6 +304,8 @@ def attack(
                              f"possible are: {', '.join(possible) or 'none'}")
         if not logits.isfinite().all():
             raise FloatingPointError("the model's logits at the natural images are NaN or infinite; no attack can use them")
-        if row.gradient: warn_if_masked(model, x, y, row.gradient, name)
+        if row.gradient: warn_if_masked(watched, x, y, row.gradient, name)
         given = {key: value for key, value in arguments.items() if key in read}
-        return row.function(model, x, y, **given, **row.settings, **options)
+        x_adv = row.function(watched, x, y, **given, **row.settings, **options)
+    if strange: raise FloatingPointError(f"the model's logits or its gradient were NaN or infinite while attack {name!r} ran; what it found is not to be trusted")
+    return x_adv

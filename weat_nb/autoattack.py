@@ -1,4 +1,4 @@
-"""APGD, FAB and Square as pyautoattack has them, without the traces they leave
+"""APGD, FAB and Square as pyautoattack has them, without the traces they leave.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/autoattack.html.md"""
 
@@ -90,7 +90,8 @@ def fab(
     make = _original("fab_pt", "FABAttack_PT")
     if targeted:
         with torch.no_grad(): targets = _targets(targets, model(x[:1]).shape[1])
-    return _perturb(make, model, x, y, eps=eps, n_iter=steps, seed=seed, targeted=targeted, n_restarts=restarts,
+    def logits_of(z:Tensor)->Tensor: return model(z).to(z.dtype) # FAB mixes images and logits
+    return _perturb(make, logits_of, x, y, eps=eps, n_iter=steps, seed=seed, targeted=targeted, n_restarts=restarts,
                     n_target_classes=targets)
 
 # %% ../nbs/parts/autoattack.ipynb #7e084f76

@@ -1,4 +1,4 @@
-"""The smallest perturbation that changes the answer, in ℓ2 and in ℓ∞, a whole batch at a time
+"""The smallest perturbation that changes the answer, in ℓ2 and in ℓ∞, a whole batch at a time.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/carlini_wagner.html.md"""
 

@@ -1,4 +1,4 @@
-"""Weights in files that cannot run code, cannot be half-written, and say when a bit of theirs has changed
+"""Weights in files that cannot run code, cannot be half-written, and say when a bit of theirs has changed.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/checkpoints.html.md"""
 

@@ -1,4 +1,4 @@
-"""A training step shared by many processes gives the numbers of one, and a process that dies does not cost the run
+"""A training step shared by many processes gives the numbers of one, and a process that dies does not cost the run.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/distributed.html.md"""
 

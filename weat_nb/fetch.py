@@ -10,14 +10,17 @@ __all__ = ['Arrays', 'FASHION_CLASSES', 'MINI_SHA256', 'FASHION_MD5', 'TINY_URL'
            'ArrayUnpickler', 'unpickle', 'read_cifar', 'read_svhn', 'decode_jpegs', 'read_tiny_imagenet']
 
 # %% ../nbs/parts/fetch.ipynb #21edd37a
+import errno
 import gzip
 import hashlib
 import io
 import os
 import pickle
+import socket
 import struct
 import tarfile
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -27,10 +30,13 @@ from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
 from tqdm.auto import tqdm
+
+from .runs import write_error
 
 # %% ../nbs/parts/fetch.ipynb #abcaa9ab
 def data_root(
@@ -63,30 +69,62 @@ def read_checked(
     return content
 
 # %% ../nbs/parts/fetch.ipynb #38aa4846
+class _Cut(Exception):
+    "A reply that ended too early"
+
+class _WebPage(Exception):
+    "A reply that is a page for people"
+
+def _receive(url:str, part:Path, seen:dict[str, str], timeout:float)->None:
+    "Fetch a file, or the rest of one whose beginning an earlier try has brought"
+    have, mark = part.stat().st_size if part.exists() else 0, seen.get('mark')
+    rest = {'Range': f'bytes={have}-', 'If-Range': mark} if have and mark else {}
+    with urlopen(Request(url, headers={'User-Agent': 'weat_nb', **rest}), timeout=timeout) as reply:
+        header = reply.headers.get
+        if reply.headers.get_content_type() == 'text/html': raise _WebPage('the server sent a web page: has the file moved, or does a login page stand before it?')
+        if reply.status == 206 and not header('Content-Range', '').startswith(f'bytes {have}-'): raise _Cut('the server sent another part than was asked for')
+        if reply.status != 206: have = 0
+        seen['mark'] = header('Last-Modified', '') if header('ETag', 'W/').startswith('W/') else header('ETag') # a weak ETag is not of the bytes
+        size = have + int(header('Content-Length')) if header('Content-Length') else None
+        with part.open('ab' if have else 'wb') as file, tqdm(total=size, initial=have, desc=part.name, unit='B', unit_scale=True, delay=2, leave=False) as bar:
+            while block := reply.read(1 << 20): bar.update(file.write(block))
+    if size is not None and (got := part.stat().st_size) != size: raise _Cut(f'the connection was cut after {got:,} of {size:,} bytes')
+
+def _curable(error:Exception)->bool:
+    "May another try succeed?"
+    if isinstance(error, HTTPError): return error.code in (408, 425, 429) or error.code >= 500
+    return not isinstance(getattr(error, 'reason', error), (_WebPage, socket.gaierror, FileNotFoundError, PermissionError, IsADirectoryError))
+
 def download(
     url:str, # where from
     target:Path, # where to; used as it is if it exists
     digest:str|None, # MD5 or SHA-256 of the file, as published (32 or 64 hexadecimal digits); None: not checked
-    timeout:float = 60., # seconds of silence after which to give up
+    timeout:float = 60., # seconds of silence after which a try has failed
+    tries:int = 4, # how often at most; a file with a wrong checksum is asked for twice
+    wait:float = 1., # seconds before the second try, doubled for each further one
 )->Path: # `target`
     "Fetch one file, whole or not at all"
     if target.exists(): return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.fetch-', dir=target.parent) as folder:
-        part = Path(folder)/target.name
-        try:
-            request = Request(url, headers={'User-Agent': 'weat_nb'})
-            with urlopen(request, timeout=timeout) as reply, part.open('wb') as file:
-                size = int(reply.headers.get('Content-Length') or 0) or None
-                with tqdm(total=size, desc=target.name, unit='B', unit_scale=True, delay=2, leave=False) as bar:
-                    while block := reply.read(1 << 20): bar.update(file.write(block))
-        except (OSError, HTTPException) as error:
-            raise ConnectionError(f'{target.name} could not be fetched from {url} ({error}): '
-                                  f'fetch it by hand and put it into {target.parent}') from None
-        kind = 'md5' if digest is None or len(digest) == 32 else 'sha256'
-        if digest is not None and (found := hashlib.new(kind, part.read_bytes(), usedforsecurity=False).hexdigest()) != digest:
-            raise ValueError(f'{url} sent a file with {kind} {found}, the published one has {digest}: nothing was kept. '
-                             f'Try again, or fetch it by hand and put it into {target.parent}')
+    kind, by_hand = 'md5' if digest is None or len(digest) == 32 else 'sha256', f'fetch it by hand and put it into {target.parent}'
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix='.fetch-', dir=target.parent)
+    except OSError as error: raise write_error(target, error) from error
+    with folder as name:
+        part, seen = Path(name)/target.name, dict[str, str]()
+        for attempt in range(tries):
+            try:
+                _receive(url, part, seen, timeout)
+                if digest is None or (found := hashlib.new(kind, part.read_bytes(), usedforsecurity=False).hexdigest()) == digest: break
+                part.unlink()
+                if attempt or tries == 1:
+                    raise ValueError(f'{url} sent a file with {kind} {found}, the published one has {digest}: nothing was kept. Try again, or {by_hand}')
+            except (OSError, HTTPException, _Cut, _WebPage) as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT): raise write_error(target, error) from error
+                if attempt == tries - 1 or not _curable(error):
+                    offline = '; is this machine offline?' if isinstance(getattr(error, 'reason', None), OSError) and not url.startswith('file:') else ''
+                    raise ConnectionError(f'{target.name} could not be fetched from {url} ({error}{offline}): {by_hand}') from None
+            time.sleep(wait*2**attempt)
         if not target.exists(): os.replace(part, target)
     return target
 
@@ -101,10 +139,10 @@ def unpack(
     tar = tarfile.open(fileobj=io.BytesIO(archive))
     with tar, tempfile.TemporaryDirectory(prefix='.fetch-', dir=folder) as tmp:
         for name in names:
-            part = Path(tmp)/name
-            member = tar.extractfile(f'{folder.name}/{name}')
-            assert member is not None # a file, not a folder: the archive is the published one
-            part.write_bytes(member.read())
+            part, member = Path(tmp)/name, f'{folder.name}/{name}'
+            if part.parent != Path(tmp) or member not in tar.getnames() or not tar.getmember(member).isfile():
+                raise ValueError(f'{name} is not a file of {folder.name}/ in the archive: nothing else is unpacked, no link and no path that leads out')
+            part.write_bytes(tar.extractfile(member).read()) # type: ignore[union-attr]
             if not (folder/name).exists(): os.replace(part, folder/name)
 
 # %% ../nbs/parts/fetch.ipynb #5c1d06c5

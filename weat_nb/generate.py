@@ -1,4 +1,4 @@
-"""A classifier trained against attacks is also a generative model: start from a sample of the class's principal components and descend the joint energy
+"""A classifier trained against attacks is also a generative model: start from a sample of the class's principal components and descend the joint energy.
 
 Docs: https://weat-nb.github.io/weat_nb/generate.html.md"""
 

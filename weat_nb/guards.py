@@ -1,4 +1,4 @@
-"""What an attack accepts, and how a model is left as it was
+"""What an attack accepts, and how a model is left as it was.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/guards.html.md"""
 
@@ -36,7 +36,7 @@ def check_images(
         raise ValueError(f"x must be a non-empty batch of images (B, C, H, W), but has shape {tuple(x.shape)}")
     low, high = (v.item() for v in x.detach().aminmax())
     if low >= 0 and high <= 1: return
-    if math.isnan(low): cure = "find out where the NaN comes from"
+    if not math.isfinite(low + high): cure = f"{int((~x.isfinite()).sum())} are NaN or infinite; find out where they come from"
     elif low > -.01 and high < 1.01: cure = "it is off by a rounding error only, use x.clamp(0, 1)"
     elif low >= 0: cure = "divide by 255"
     else: cure = "undo the mean/std normalisation and put it inside the model"
@@ -173,10 +173,13 @@ def warn_if_masked(
         grads = {name: torch.autograd.grad(value, images, retain_graph=True)[0] for name, value in losses.items()}
     right = margin.detach() > 0
     if not right.any(): return 0.
-    zero = {name: (~(g.flatten(1).abs().amax(dim=1) > 0)[right]).double().mean().item() for name, g in grads.items()}
+    sizes = {name: g.flatten(1).abs().amax(dim=1)[right] for name, g in grads.items()}
+    zero = {name: (~((size > 0) & size.isfinite())).double().mean().item() for name, size in sizes.items()}
     if zero[follows] <= tolerance: return zero[follows]
     what = "the cross-entropy" if follows == "softmax" else "the difference of the logits"
-    if zero["logits"] >= zero[follows] / 2:
+    if not sizes[follows].isfinite().all():
+        why = ("it is NaN or infinite (a root or a logarithm at 0, an overflow in half precision?); square needs no gradient")
+    elif zero["logits"] >= zero[follows] / 2:
         why = ("the logits do not change with the pixels (rounding, a threshold, dead units?); square needs no gradient")
     else:
         gap = margin.detach()[right].median().item()

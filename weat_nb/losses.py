@@ -1,4 +1,4 @@
-"""SAT, TRADES, MART, MAIL-TRADES, WEAT_NAT, WEAT_ADV and DER as rows of one table
+"""SAT, TRADES, MART, MAIL-TRADES, WEAT_NAT, WEAT_ADV and DER as rows of one table.
 
 Docs: https://weat-nb.github.io/weat_nb/losses.html.md"""
 
@@ -180,7 +180,10 @@ def der_loss(
     _check_beta(gamma, "gamma")
     z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
     drift = torch.stack([delta_energy(z, z_adv), delta_energy(z, z_adv, y)])
-    excess = F.relu(torch.linalg.vector_norm(drift, dim=0) - gamma) # this norm's gradient is 0 at 0, where that of sqrt is NaN
+    large = drift.detach().abs().amax(dim=0)
+    unit = torch.where(large > 1e9, large, 1.) # squares of energies beyond 1e19 nats would overflow in float32
+    length = unit * torch.linalg.vector_norm(drift / unit, dim=0) # this norm's gradient is 0 at 0, where that of sqrt is NaN
+    excess = F.relu(length - gamma)
     loss_adv = _cross_entropy(z_adv, y)
     if abnormal_only: excess = excess * (loss_adv < _cross_entropy(z, y))
     return _reduce(loss_adv + beta * excess, reduction)

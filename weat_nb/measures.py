@@ -1,4 +1,4 @@
-"""FID, KID and IS on the standard network or on one of one's own, structural similarity to real images, diversity, distance to the training images
+"""FID, KID and IS on the standard network or on one of one's own, structural similarity to real images, diversity, distance to the training images.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/measures.html.md"""
 

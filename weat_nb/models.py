@@ -1,4 +1,4 @@
-"""The residual networks of the paper and of the robust-classifier literature, under the names of their public weights
+"""The residual networks of the paper and of the robust-classifier literature, under the names of their public weights.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/models.html.md"""
 

@@ -1,4 +1,4 @@
-"""Grids of a thousand images in one figure, animations, and samples as files that other tools read
+"""Grids of a thousand images in one figure, animations, and samples as files that other tools read.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/pictures.html.md"""
 

@@ -1,4 +1,4 @@
-"""Trained networks by name: this project's own, the public ones, RobustBench's; each checked against its SHA-256 before it is used
+"""Trained networks by name: this project's own, the public ones, RobustBench's; each checked against its SHA-256 before it is used.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/pretrained.html.md"""
 
@@ -6,12 +6,14 @@ Docs: https://weat-nb.github.io/weat_nb/parts/pretrained.html.md"""
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'PUBLIC_MODELS', 'read_state_dict', 'load_weights', 'PublicModel', 'publish_model', 'model_folders',
-           'pretrained_names', 'pretrained_note', 'load_pretrained']
+           'pretrained_names', 'pretrained_note', 'load_pretrained', 'check_pretrained']
 
 # %% ../nbs/parts/pretrained.ipynb #373bc1a4
+import hashlib
 import json
 import os
 import pickle
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from importlib import import_module
@@ -28,7 +30,7 @@ from .checkpoints import CheckpointError, file_sha256, load_checkpoint, save_che
 from .fetch import data_root, download
 from .models import create_model
 from .params import suggest
-from .runs import write_text
+from .runs import write_file, write_text
 
 # %% ../nbs/parts/pretrained.ipynb #40bbd9bb
 WRAPPERS = ("module.", "_orig_mod.", "model.") # put before names by DataParallel, torch.compile and common training code
@@ -122,17 +124,19 @@ def publish_model(
     name:str, # what the model is to be called, for example fashion_mini-sat-resnet8
     folder:str|os.PathLike, # where name.safetensors and name.json go
 )->Path: # the weights
-    "Write the selected model of a run in float16, and beside it what it is and its SHA-256"
+    "Write the selected model of a run in float16, and before it what it is and its SHA-256; a call that was killed may be repeated"
     run, folder = Path(run_dir), Path(folder)
     if not name or name != Path(name).name or ":" in name: raise ValueError(f"name = {name!r} is not allowed: a plain file name without an ending")
     model, metadata = load_checkpoint(run/"best.safetensors")
     path, note = folder/f"{name}.safetensors", folder/f"{name}.json"
-    taken = [p for p in (path, note) if p.exists()]
+    with tempfile.TemporaryDirectory() as aside: weights = save_checkpoint(Path(aside)/path.name, model, metadata=metadata, dtype=torch.float16).read_bytes()
+    what = dict(name=name, sha256=hashlib.sha256(weights).hexdigest(), model=model.config, epoch=metadata.get("epoch"), config=metadata.get("config"), version=metadata.get("version"))
+    text = json.dumps(what, indent=1) + "\n"
+    begun = note.exists() and note.read_bytes() == text.encode() # an earlier call was killed between the two files
+    taken = [p for p in (path, note) if p.exists() and not (begun and p == note)]
     if taken: raise FileExistsError(f"{taken[0]} is there already: take another name, or delete it first")
-    save_checkpoint(path, model, metadata=metadata, dtype=torch.float16)
-    what = dict(name=name, sha256=file_sha256(path), model=model.config, epoch=metadata.get("epoch"), config=metadata.get("config"), version=metadata.get("version"))
-    write_text(note, json.dumps(what, indent=1) + "\n")
-    return path
+    write_text(note, text)
+    return write_file(path, weights)
 
 def model_folders(
     root:str|os.PathLike|None = None, # a folder of the caller's, searched first
@@ -209,3 +213,15 @@ def load_pretrained(
         path, note = pretrained_note(name, root)
         model, _ = load_checkpoint(_check_sha256(path, note["sha256"]))
     return model.to(device).eval()
+
+# %% ../nbs/parts/pretrained.ipynb #e6b2d05a
+def check_pretrained(
+    parameter:str, # what the caller's parameter is called, for the error
+    name:str, # a name or a path, as for `load_pretrained`
+    root:str|os.PathLike|None = None, # likewise
+)->None:
+    "Refuse what `load_pretrained` could not find; nothing is loaded or fetched"
+    elsewhere = name.startswith("robustbench:") or (isinstance(root, str) and root.startswith(("http://", "https://")))
+    if elsewhere or Path(name).is_file() or name in pretrained_names(root): return
+    raise ValueError(f"{parameter} = {name!r} is not allowed: there is no such file, and the names at hand are {', '.join(pretrained_names(root))}"
+                     f"{suggest(name, pretrained_names(root))}")

@@ -1,4 +1,4 @@
-"""Four training sets with the misclassified, the random, the high-energy or the low-energy images left out, and the robustness that each one teaches
+"""Four training sets with the misclassified, the random, the high-energy or the low-energy images left out, and the robustness that each one teaches.
 
 Docs: https://weat-nb.github.io/weat_nb/subsets.html.md"""
 

@@ -13,9 +13,12 @@ __all__ = ['PROTOCOLS', 'BETAS', 'protocol', 'TrainConfig', 'one_cycle', 'measur
 import hashlib
 import json
 import math
+import os
+import shutil
 import time
+import warnings
 from collections.abc import Collection, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .attacks import eval_mode, pgd, starting_point
-from .checkpoints import file_sha256, load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from .checkpoints import CheckpointError, file_sha256, load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from .data import DATASETS, ImageData, augment, batches, load_dataset, load_images, split_holdout, to_float
 from .distributed import all_mean, barrier, data_parallel, is_main, launch, my_share, synchronise_batchnorm, world_size
 from .energy import delta_energy, energy_weight, joint_energy, marginal_energy
@@ -74,7 +77,7 @@ class TrainConfig:
     seed:int = param(int, 'seed of all randomness', default=0, low=0, high=2**31 - 1)
     device:str = param(str, 'where to compute', default='auto', choices=('auto', 'cuda', 'mps', 'cpu'))
     precision:str = param(str, 'arithmetic of training', choices=('float32', 'bf16'))
-    root:str|None = param(str, 'folder of the data sets')
+    root:str|None = param(str, 'folder of the data sets', path='new folder')
     aux_data:str|None = param(str, '.npz of synthesised images')
     aux_fraction:float = param(float, 'share of each batch drawn from aux_data', default=0., low=0, high=.95)
     num_train:int|None = param(int, 'training images to use', low=2) # None: all
@@ -131,20 +134,29 @@ def measure_energies(
     step_size:float, # attack step, pixels in [0, 1]
     steps:int = 20, # attack steps
     seed:int = 0, # seed of the attack's start
-    batch_size:int = 500, # images at a time
+    batch_size:int = 500, # images at a time; fewer where the device's memory is too small for them
     progress:Progress|None = None, # steps once a batch
 )->dict[str, Tensor]: # (N,) each, on the CPU: correct_nat, correct_adv, energy_nat, energy_adv, joint_nat, joint_adv, delta
     "Correctness and energies of natural images and of their PGD versions"
-    device, found = next(model.parameters()).device, []
+    device, found, part = next(model.parameters()).device, [], batch_size
     generator, frozen = torch.Generator(device).manual_seed(seed), FrozenCopy(model)
+
+    def measure(x:Tensor, y:Tensor, start:Tensor)->dict[str, Tensor]:
+        x_adv = pgd(frozen, x, y, eps=eps, step_size=step_size, steps=steps, start=start)
+        logits, logits_adv = model(x).float(), model(x_adv).float()
+        return dict(correct_nat=(logits.argmax(1) == y).float(), correct_adv=(logits_adv.argmax(1) == y).float(),
+                    energy_nat=marginal_energy(logits), energy_adv=marginal_energy(logits_adv),
+                    joint_nat=joint_energy(logits, y), joint_adv=joint_energy(logits_adv, y),
+                    delta=delta_energy(logits, logits_adv))
     with eval_mode(model), exact_float32():
         for x, y in batches(data.to(device), batch_size):
-            x_adv = pgd(frozen, x, y, eps=eps, step_size=step_size, steps=steps, generator=generator)
-            logits, logits_adv = model(x).float(), model(x_adv).float()
-            found.append(dict(correct_nat=(logits.argmax(1) == y).float(), correct_adv=(logits_adv.argmax(1) == y).float(),
-                              energy_nat=marginal_energy(logits), energy_adv=marginal_energy(logits_adv),
-                              joint_nat=joint_energy(logits, y), joint_adv=joint_energy(logits_adv, y),
-                              delta=delta_energy(logits, logits_adv)))
+            start, measured = starting_point(x, eps, generator=generator), None
+            while measured is None:
+                try: measured = [measure(*few) for few in zip(x.split(part), y.split(part), start.split(part))]
+                except torch.OutOfMemoryError as e:
+                    if part == 1: raise MemoryError(f'one image does not fit into the memory of {device}: is another program using it?') from e
+                    part = -(-min(part, len(x))//2)
+            found += measured
             if progress: progress.step()
     return {k: torch.cat([f[k] for f in found]).cpu() for k in found[0]}
 
@@ -279,8 +291,10 @@ def fit(
     data = training_data(config) # before the folder is made: wrong data leave no trace
     run = Path(run_dir).resolve()
     with lock_run(run) if node_rank == 0 else nullcontext():
-        if node_rank == 0: open_run(run, config.identity(), resume)
-        taken_up = len(read_lines(run/'metrics.jsonl'))
+        if node_rank == 0:
+            open_run(run, config.identity(), resume)
+            _mend_state(run)
+        taken_up = len(_read_state(run)[1]) if (run/_STATE).exists() else 0
         if processes == 1: _fit(config, run, *data, snapshots, snapshot_images)
         else:
             values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
@@ -301,23 +315,60 @@ def fit_worker(
     _fit(config, Path(run), *training_data(config), snapshots, snapshot_images)
 
 # %% ../nbs/04_train_weat.ipynb #e7c120c5
+_STATE, _PREVIOUS = 'state.safetensors', 'state.previous.safetensors'
+
+def _read_state(run:Path, device:str|torch.device = 'cpu')->tuple[dict[str, Tensor], list[dict]]:
+    "Tensors and history after the last whole epoch"
+    tensors, metadata = load_tensors(run/_STATE, device=device)
+    return tensors, metadata['history']
+
+def _mend_state(run:Path)->None:
+    "Put the previous state in the place of one that is damaged or gone"
+    state, previous = run/_STATE, run/_PREVIOUS
+    try:
+        if state.exists() or previous.exists() or read_lines(run/'metrics.jsonl'): _read_state(run)
+        return
+    except (CheckpointError, FileNotFoundError) as e: wrong = e
+    try: tensors, metadata = load_tensors(previous)
+    except (CheckpointError, FileNotFoundError):
+        raise CheckpointError(f'{wrong}; no state of an earlier epoch is left: restore the file, or name another run_dir') from wrong
+    warnings.warn(f"{wrong}. The run goes on after epoch {len(metadata['history'])}, from {previous.name}", stacklevel=3)
+    if state.exists(): os.replace(state, run/'state.damaged.safetensors')
+    save_tensors(state, tensors, metadata)
+
+def _keep_previous(run:Path)->None:
+    "Give the state that is about to be replaced a second name; `state.safetensors` is there all the time"
+    part = run/f'.{_PREVIOUS}.previous.part' # a name that `open_run` clears away
+    part.unlink(missing_ok=True)
+    try: os.link(run/_STATE, part)
+    except OSError: shutil.copyfile(run/_STATE, part) # a file system without links
+    os.replace(part, run/_PREVIOUS)
+
 def _commit(run:Path, model:nn.Module, optimizer:torch.optim.Optimizer, history:list[dict], best:dict[str, Tensor])->None:
     "One atomic file decides how far the run is; metrics.jsonl follows it"
+    if (run/_STATE).exists(): _keep_previous(run)
     momentum = {n: optimizer.state[p]['momentum_buffer'] for n, p in model.named_parameters() if 'momentum_buffer' in optimizer.state[p]}
     groups = dict(model=model.state_dict(), momentum=momentum, best=best)
     tensors = {f'{group}.{name}': t for group, named in groups.items() for name, t in named.items()}
-    save_tensors(run/'state.safetensors', tensors, dict(history=history))
+    save_tensors(run/_STATE, tensors, dict(history=history))
     write_lines(run/'metrics.jsonl', history)
 
 def _restore(run:Path, model:nn.Module, optimizer:torch.optim.Optimizer)->tuple[list[dict], dict[str, Tensor]]:
     "Take up the last whole epoch"
-    tensors, metadata = load_tensors(run/'state.safetensors', device=str(next(model.parameters()).device))
+    tensors, history = _read_state(run, next(model.parameters()).device)
     part = lambda name: {k.split('.', 1)[1]: v for k, v in tensors.items() if k.startswith(name + '.')}
     model.load_state_dict(part('model'))
     named = dict(model.named_parameters())
     for name, buffer in part('momentum').items(): optimizer.state[named[name]]['momentum_buffer'] = buffer
-    if is_main(): write_lines(run/'metrics.jsonl', metadata['history'])
-    return metadata['history'], part('best')
+    if is_main(): write_lines(run/'metrics.jsonl', history)
+    return history, part('best')
+
+@contextmanager
+def _fits_in_memory(where:str, config:TrainConfig)->Iterator[None]:
+    try: yield
+    except torch.OutOfMemoryError as e:
+        raise MemoryError(f'{where}: a batch of {config.batch_size} images does not fit into the memory of {config.device}. The state of the last whole epoch is kept; lower batch_size, '
+                          'take precision bf16, or share the batch among more devices by num_processes') from e
 
 def _headline(history:list[dict], epochs:int)->str:
     if not history: return f'epoch 1 of {epochs}'
@@ -336,7 +387,8 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
     total = config.epochs*n_batches
     history:list[dict[str, float]] = []
     best:dict[str, Tensor] = {}
-    if (run/'state.safetensors').exists(): history, best = _restore(run, model, optimizer)
+    timings = read_lines(run/'timing.jsonl') if is_main() else []
+    if (run/_STATE).exists(): history, best = _restore(run, model, optimizer)
     train, held_out, aux = train.to(device), held_out.to(device), aux.to(device) if aux is not None else None
 
     before, chosen = len(history), snapshot_indices(len(train), snapshot_images, config.seed)
@@ -355,7 +407,7 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
             start = None
             if world_size() > 1 and (begin := step.objective.start): # every process draws the whole batch's noise and keeps its share
                 start = my_share(starting_point(x, config.eps, start=begin, generator=generator))
-            loss = all_mean(step(my_share(x), my_share(y), weighted=weighted, generator=generator, start=start))
+            with _fits_in_memory(where, config): loss = all_mean(step(my_share(x), my_share(y), weighted=weighted, generator=generator, start=start))
             # A NaN stays: a GPU is not made to wait for the check of every update
             if device.type == 'cpu' or i % 25 == 24 or i == n_batches - 1: check_finite(model, loss, where)
             optimizer.step()
@@ -370,10 +422,11 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
             history.append(dict(epoch=epoch, updates=epoch*n_batches, lr=optimizer.param_groups[0]['lr'], loss=torch.stack(losses).mean().item(),
                                 **summarise(measured)))
             if best_row(history, config.objective)['epoch'] == epoch: best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-            _commit(run, model, optimizer, history, best)
             timing = dict(epoch=epoch, seconds=round(seconds, 3), images_per_second=round(n_batches*config.batch_size/seconds, 1),
                           device=config.device, processes=world_size())
-            write_lines(run/'timing.jsonl', [*read_lines(run/'timing.jsonl')[:epoch - 1], timing])
+            timings = [*(t for t in timings if t['epoch'] < epoch), timing]
+            write_lines(run/'timing.jsonl', timings) # before the state: an epoch that is done lacks no line
+            _commit(run, model, optimizer, history, best)
             progress.step(_headline(history, config.epochs), by=0)
         barrier()
     progress.close()
@@ -381,6 +434,7 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
     metadata = dict(config=config.identity(), history=history, version=__version__)
     save_checkpoint(run/'last.safetensors', model, metadata=dict(epoch=len(history), **metadata))
     model.load_state_dict(best)
+    (run/_PREVIOUS).unlink(missing_ok=True) # of a run that is done, one state is enough
     save_checkpoint(run/'best.safetensors', model, metadata=dict(epoch=best_row(history, config.objective)['epoch'], **metadata))
 
 # %% ../nbs/04_train_weat.ipynb #7e73cefe

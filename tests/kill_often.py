@@ -1,0 +1,127 @@
+"""Do a job in FOLDER/killed again and again in fresh processes that are killed, until it has been killed so many times; a line of
+JSON for each. Then let it come to its end, and do it once more in FOLDER/whole, where nothing is killed.
+
+    python kill_often.py train|evaluate|publish FOLDER TIMES
+
+A fork has all modules loaded, so that fifty processes take seconds. It is killed by SIGKILL: at its k-th update, with half a file
+written, with a whole file not yet renamed, with one renamed, or by its parent at a random moment."""
+import builtins
+import json
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1) # before a fork: the threads of a pool would not live in the child
+
+from weat_nb import evaluate, pretrained, runs, train
+from weat_nb.data import load_dataset
+
+train.load_dataset = lru_cache(load_dataset) # fifty processes need not unpack it fifty times,
+train.measure_energies = partial(train.measure_energies, steps=1) # nor attack well
+CONFIG = train.TrainConfig(num_train=8, num_val=2, attack_steps=1, batch_size=4, epochs=60, precision='float32', device='cpu')
+
+
+def train_it(folder): train.fit(CONFIG, folder/'run')
+
+
+def evaluate_it(folder):
+    model = pretrained.load_pretrained('fashion_mini-sat-resnet8')
+    found = evaluate.evaluate(model, train.load_dataset('fashion_mini', 'test')[:60], ['clean', 'pgd-2'], folder/'state.json', batch_size=1, show=False)
+    (folder/'result.json').write_text(json.dumps({k: v.tolist() for k, v in found.correct.items()}))
+
+
+def publish_it(folder):
+    "Many pages and models: one by one they appear, and what is there already stays"
+    for i in range(20):
+        runs.publish_run(folder.parent/'executed.ipynb', folder/f'page{i}.ipynb', f'Page {i}', 'A run')
+        try: pretrained.publish_model(folder.parent/'run', f'model{i}', folder/'models')
+        except FileExistsError: pass # whole, of an earlier process
+
+
+JOBS = dict(train=train_it, evaluate=evaluate_it, publish=publish_it)
+
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def counted(count, before, after=None):
+    "A function that dies at its `count`-th call: in place of `before`, or after it"
+    left = [count]
+
+    def call(*args, **options):
+        left[0] -= 1
+        if not left[0] and after is None: die()
+        out = before(*args, **options)
+        if not left[0]: die()
+        return out
+    return call
+
+
+class Half:
+    "A file that dies with half of its content written"
+    def __init__(self, file): self.file = file
+
+    def __enter__(self): return self
+    def __exit__(self, *error): self.file.close()
+
+    def write(self, data):
+        self.file.write(data[:len(data)//2])
+        self.file.flush()
+        die()
+
+
+def arm(point, count):
+    "Prepare this process's death"
+    if point == 'in an update': train.TrainStep.__call__ = counted(count, train.TrainStep.__call__)
+    if point == 'file not renamed': os.replace = counted(count, os.replace)
+    if point == 'file renamed': os.replace = counted(count, os.replace, after=True)
+    if point == 'half a file':
+        left = [count]
+
+        def opened(file, mode='r', *args, **options):
+            found = builtins.open(file, mode, *args, **options)
+            left[0] -= mode == 'xb'
+            return Half(found) if mode == 'xb' and not left[0] else found
+        runs.open = opened
+
+
+def kill_once(job, folder, point, rng):
+    "Start the job in a fork and kill it; False if it came to its end before"
+    count, delay = rng.randint(1, 6), rng.uniform(.02, .6)
+    pid = os.fork()
+    if not pid:
+        sys.stdout = sys.stderr = open(os.devnull, 'w')
+        arm(point, count)
+        try: job(folder)
+        except BaseException as e:
+            (folder/'error').write_text(repr(e))
+            os._exit(1)
+        os._exit(0)
+    if point == 'at a random moment':
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status): raise RuntimeError(f'{point}: {(folder/"error").read_text()}')
+    return os.WIFSIGNALED(status)
+
+
+def main(name, folder, times):
+    folder, rng, job = Path(folder), random.Random(0), JOBS[name]
+    points = ['half a file', 'file not renamed', 'file renamed', 'at a random moment'] + ['in an update']*(name == 'train')
+    for which in ('warm', 'killed', 'whole'): (folder/which).mkdir()
+    if name == 'train': train.fit(replace(CONFIG, epochs=1), folder/'warm'/'run') # what a first update prepares, a fork inherits
+    for i in range(int(times)):
+        point = points[i % len(points)]
+        if not kill_once(job, folder/'killed', point, rng): sys.exit(f'the job ended after {i} kills')
+        print(json.dumps(dict(point=point)), flush=True)
+    for which in ('killed', 'whole'): job(folder/which)
+
+
+if __name__ == '__main__': main(*sys.argv[1:])

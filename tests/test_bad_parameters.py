@@ -1,0 +1,212 @@
+"Every parameter of every experiment, given what it is not: one clear error before any work"
+import ast
+import json
+import re
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+
+import papermill
+import pytest
+from papermill.translators import PythonTranslator
+
+root = Path(__file__).parent.parent
+PARAMETERS = '6 parameters' # of the table of faults
+NOTEBOOKS = [root/'nbs'/f'{name}.ipynb' for name in ('04_train_weat', '05_dynamics', '06_landscapes', '07_subsets', '08_generate', '09_evaluate', '10_speed', '11_single_step', 'results/index')]
+DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+
+
+class Page:
+    "A notebook as far as the cell that reads its parameters"
+    def __init__(self, path):
+        cells = [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+        sources = [''.join(c['source']) for c in cells]
+        first = next(i for i, c in enumerate(cells) if 'parameters' in c['metadata'].get('tags', ()))
+        last = next(i for i, s in enumerate(sources) if i > first and 'read_parameters(' in s)
+        self.defaults, self.reads = (compile('\n'.join(sources[a:b]), path.name, 'exec') for a, b in ((first, first + 1), (first + 1, last + 1)))
+        self.names = [line.target.id for line in ast.parse(sources[first]).body]
+        self.defined = dict(__name__='__main__')
+        for source in sources[:first]: # what these cells show is the business of tests/test_notebooks.py
+            tree = ast.parse(source)
+            if not source.startswith('#| export'): tree.body = [node for node in tree.body if isinstance(node, DEFINITIONS)]
+            exec(compile(tree, path.name, 'exec'), self.defined)
+
+    def run(self, **parameters):
+        "The names after the cell that reads the parameters, injected in papermill's own words"
+        injected = PythonTranslator.codify(parameters)
+        namespace = {**self.defined, 'In': ['', injected]}
+        exec(self.defaults, namespace)
+        exec(injected, namespace)
+        exec(self.reads, namespace)
+        return namespace
+
+    def refuses(self, **parameters):
+        "The text of the error"
+        with pytest.raises((ValueError, OSError)) as caught: self.run(**parameters)
+        return str(caught.value)
+
+    @property
+    def rules(self):
+        "Name -> rule of the config that `read_parameters` fills"
+        found = {}
+        class Seen(Exception): pass
+        def read_parameters(config_class, namespace):
+            found.update({f.name: dict(f.metadata, default=f.default) for f in fields(config_class)})
+            raise Seen
+        page = {**self.defined}
+        exec(self.defaults, page)
+        import weat_nb.params as params
+        before, params.read_parameters = params.read_parameters, read_parameters
+        try: exec(self.reads, {**page, 'read_parameters': read_parameters})
+        except Seen: pass
+        finally: params.read_parameters = before
+        return found
+
+
+page = lru_cache(Page)
+
+
+@pytest.fixture(autouse=True)
+def nowhere(tmp_path, monkeypatch):
+    "An empty folder, which is empty afterwards: nothing was begun"
+    monkeypatch.setenv('WEAT_DATA', str(tmp_path/'data'))
+    folder = tmp_path/'here'
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
+    assert not (tmp_path/'data').exists()
+    assert {p.name for p in folder.iterdir()} <= {'out.ipynb'}
+
+
+NAN, INF = float('nan'), float('inf')
+WRONG_TYPES = {int: ('abc', 1.5, True, [1], NAN, '1'), float: ('abc', True, [1], '1/0', NAN, INF, ''), str: (3, True, ['sat'], '', '  '), bool: (1, 'yes', 0., 'True')}
+
+
+def out_of_range(rule):
+    "Values just outside, below and above"
+    step = 1 if rule['kind'] is int else 1e-3
+    if rule['low'] is not None: yield rule['low'] - step
+    if rule['above'] is not None: yield from (rule['above'], rule['above'] - step)
+    if rule['high'] is not None: yield rule['high'] + step
+
+
+def each(of):
+    "How many values were refused, over all parameters of all pages"
+    return sum(of(notebook.stem, page(notebook)) for notebook in NOTEBOOKS)
+
+
+def test_wrong_types(survived):
+    def refused(where, page):
+        times = 0
+        for name, rule in page.rules.items():
+            for value in (*WRONG_TYPES[rule['kind']], *([None] if rule['default'] is not None else [])):
+                text = page.refuses(**{name: value})
+                assert f'{name} = {value!r} is not allowed' in text and 'must be' in text, (where, text)
+                times += 1
+        return times
+    survived(PARAMETERS, 'a value of the wrong type', each(refused), 'one error that names the parameter and what it can be; nothing was begun')
+
+
+def test_out_of_range(survived):
+    def refused(where, page):
+        times = 0
+        for name, rule in page.rules.items():
+            for value in out_of_range(rule) if rule['kind'] in (int, float) else ():
+                text = page.refuses(**{name: value})
+                assert f'{name} = {value!r} is not allowed' in text, (where, text)
+                assert all(f'{rule[bound]:g}' in text for bound in ('low', 'above', 'high') if rule[bound] is not None), (where, text)
+                times += 1
+        return times
+    survived(PARAMETERS, 'a number out of range, below and above', each(refused), 'one error with the parameter and its range; nothing was begun')
+
+
+def test_unknown_choices(survived):
+    def refused(where, page):
+        times = 0
+        for name, rule in page.rules.items():
+            allowed = rule['choices'] or rule['names'] or ()
+            for value in (*(f'{n}x' for n in allowed), *(['zebra'] if allowed else [])):
+                text = page.refuses(**{name: value})
+                assert f'{name} = {value!r} is not allowed' in text and all(n in text for n in allowed), (where, text)
+                assert value == 'zebra' or f'{value[:-1]!r}' in text.split('did you mean')[1], (where, text)
+                times += 1
+        return times
+    survived(PARAMETERS, 'a choice that does not exist', each(refused), 'one error with the choices that exist and the nearest; nothing was begun')
+
+
+def test_misspelt_names(survived):
+    def refused(where, page):
+        times, names = 0, page.names
+        assert set(names) == set(page.rules), where
+        for name in names:
+            for wrong in {name + 'x', name[0] + name, name[:-1], name.upper(), name.replace('_', '')} - {*names, ''}:
+                text = page.refuses(**{wrong: 1})
+                assert f'unknown parameter {wrong!r}' in text and all(n in text for n in names), (where, text)
+                if len(wrong) > 1: assert f'{name!r}' in text.split(' The parameters are:')[0], (where, text)
+                times += 1
+        return times
+    survived(PARAMETERS, 'a misspelt parameter', each(refused), 'one error with the nearest name and all names; nothing was begun')
+
+
+RUBBISH = { # what is of the right type, and makes no sense
+    '04_train_weat': [
+        (dict(run_dir='file.txt'), "run_dir = 'file.txt' is not allowed.*a folder"), (dict(root='file.txt/below'), "root = 'file.txt/below' is not allowed.*a folder"),
+        (dict(aux_data='not.there'), "aux_data = 'not.there': there is no such file"), (dict(aux_fraction=.5), 'aux_fraction = 0.5 needs aux_data'),
+        (dict(objective='sat', beta=6), 'beta = 6 is not allowed: sat has no.* Leave beta out, or take one of trades'),
+        (dict(num_nodes=2), 'num_nodes = 2 needs rdzv_endpoint'), (dict(node_rank=1), 'node_rank = 1 is not allowed.*from 0 to 0'), (dict(rdzv_endpoint='somewhere'), "rdzv_endpoint = 'somewhere'.*host:port"),
+        (dict(num_processes=3), 'batch_size = 32 cannot be shared equally by 3'), (dict(num_test=10**6), 'num_test = 1000000 is not allowed.*2000 test images')],
+    '05_dynamics': [(dict(objectives='sat, tradez'), "objectives = 'sat, tradez' is not allowed.*did you mean 'trades'"), (dict(objectives=','), "objectives = ',' is not allowed.*one or more of"),
+                    (dict(run_dir='file.txt'), "run_dir = 'file.txt'")],
+    '06_landscapes': [
+        (dict(attacks='pgd,fap'), "attacks = 'pgd,fap' is not allowed.*did you mean 'fab'"), (dict(models='fashion_mini-sat-resnet8,fashion_mini-zat-resnet8'), "models = 'fashion_mini-zat-resnet8' is not allowed.*did you mean"),
+        (dict(models=','), 'models = .* is not allowed: name at least one'), (dict(subjects=','), 'subjects = .* is not allowed: name at least one'), (dict(subjects='other'), "subjects names 'other', which is not one of fashion_mini"),
+        (dict(dataset='svhn'), "models is needed for dataset = 'svhn'"), (dict(num_images=10**6), 'num_images = 1000000 is not allowed.*2000 test images')],
+    '07_subsets': [(dict(judge='not.there'), "judge = 'not.there' is not allowed: there is no such file, and the names at hand are"), (dict(judge_epochs=3), 'judge_epochs = 3 is not allowed.*take judge = train'),
+                   (dict(num_test=10**6), 'num_test = 1000000 is not allowed.*2000 test images')],
+    '08_generate': [(dict([(name, 'fashion_mini-sat-resnet9')]), f"{name} = 'fashion_mini-sat-resnet9' is not allowed.*did you mean 'fashion_mini-sat-resnet8'") for name in ('model', 'standard', 'judge', 'sat', 'kl')],
+    '09_evaluate': [
+        (dict(checkpoint='fashion_mini-weat-resnet8'), "checkpoint = 'fashion_mini-weat-resnet8' is not allowed.*did you mean 'fashion_mini-"), (dict(attacks='clean, pgd-x'), "attacks = 'clean, pgd-x' is not allowed.*'pgd-x' is not one of clean, pgd-20"),
+        (dict(attacks=','), "attacks = ',' names no attack"), (dict(attacks='pgd-0'), "attacks = 'pgd-0' is not allowed"), (dict(mean='.5,x', std='.2'), "mean = '.5,x' is not allowed.*a number for each channel"),
+        (dict(mean='.5', std='0'), "std = '0' is not allowed.*above 0"), (dict(mean='nan', std='1'), "mean = 'nan' is not allowed"), (dict(mean='.5'), 'mean = .* and std = None go together'),
+        (dict(state='.'), "state = '.' is not allowed: it is a folder")],
+    '10_speed': [(dict(checkpoint='not.there'), "checkpoint = 'not.there' is not allowed.*a file that is there"), (dict(objective='standard'), "objective = 'standard' is not allowed.*one of sat")],
+    '11_single_step': [
+        (dict(objectives='sat trades'), "objectives = 'sat trades' is not allowed.*one or more of sat, mart, der, der_single_step"), (dict(step_ratio=5.), 'step_ratio = 5 is not allowed: with eps = 0.3 it must be at most 3.33333'),
+        (dict(objectives='sat', beta=2), 'beta = 2 is not allowed: sat has no second term'), (dict(num_train=10**6), 'num_train = 1000000 is not allowed: fashion_mini has 8000')],
+    'index': [(dict(records='not/there'), "records = 'not/there' is not allowed.*a folder that is there"), (dict(records='file.txt'), "records = 'file.txt' is not allowed")],
+}
+
+
+def test_rubbish(survived, nowhere):
+    file, times = nowhere/'file.txt', 0
+    file.touch()
+    for notebook in NOTEBOOKS:
+        for parameters, message in RUBBISH[notebook.stem]:
+            text = page(notebook).refuses(**parameters)
+            assert re.search(message, text), (notebook.stem, text)
+            times += 1
+    file.unlink()
+    survived(PARAMETERS, 'values that make no sense together, or name what is not there', times, 'one error that names the parameter and says what to do; nothing was begun')
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
+def test_good_values_pass(notebook, nowhere):
+    "What the tests above refuse is refused for its value: the defaults, and what papermill makes of a command line, are taken"
+    if notebook.stem == 'index': (nowhere/'records').mkdir()
+    names = page(notebook).run()
+    assert any(type(v).__name__ in ('Experiment', 'LandscapeConfig', 'Benchmark') for v in names.values()) or names['found'] == []
+    if 'eps' in page(notebook).names: page(notebook).run(eps='8/255')
+    if notebook.stem == 'index': (nowhere/'records').rmdir()
+
+
+def test_papermill_does_the_same(survived, nowhere, monkeypatch):
+    "The cell that papermill writes is the one that is tried above, its error the same, and nothing lies about afterwards"
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    runs = [(NOTEBOOKS[0], dict(bta=7)), (NOTEBOOKS[7], dict(objectives='sat, tradez'))]
+    for notebook, parameters in runs:
+        with pytest.raises(papermill.PapermillExecutionError) as caught: papermill.execute_notebook(notebook, nowhere/'out.ipynb', parameters, cwd=nowhere, progress_bar=False)
+        cells = json.loads((nowhere/'out.ipynb').read_text(encoding='utf-8'))['cells']
+        injected, = [''.join(c['source']) for c in cells if 'injected-parameters' in c['metadata'].get('tags', ())]
+        assert injected == PythonTranslator.codify(parameters)
+        assert caught.value.evalue == page(notebook).refuses(**parameters)
+    survived(PARAMETERS, 'a wrong parameter on papermill itself', len(runs), 'the same error as in the other tests; no folder, no file but the executed notebook')
