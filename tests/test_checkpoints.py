@@ -43,7 +43,7 @@ def test_metadata_comes_back(tmp_path):
     assert load_tensors(save_tensors(tmp_path/"x.safetensors", {}))[1] == {}
 
 
-def test_any_flipped_bit_is_found_or_harmless(tmp_path):
+def test_any_flipped_bit_is_found_or_harmless(tmp_path, survived):
     tensors = {"w": torch.arange(4.), "n": torch.tensor(3)}
     path = save_tensors(tmp_path/"x.safetensors", tensors, {"epoch": 3})
     good, found = path.read_bytes(), 0
@@ -58,15 +58,17 @@ def test_any_flipped_bit_is_found_or_harmless(tmp_path):
             else: # spaces that fill up the header mean nothing
                 assert same(back, tensors) and metadata == {"epoch": 3}
     assert found > 2.9 * len(good)
+    survived('3 damaged files', 'checkpoint: each byte, three bits flipped one by one', 3 * len(good), 'named, or harmless (a space that fills up the header)')
 
 
-def test_any_truncation_is_found(tmp_path):
+def test_any_truncation_is_found(tmp_path, survived):
     path = save_tensors(tmp_path/"x.safetensors", {"w": torch.arange(4.)})
     good = path.read_bytes()
     for n in range(len(good)):
         path.write_bytes(good[:n])
         with pytest.raises(CheckpointError, match="cut short"):
             load_tensors(path)
+    survived('3 damaged files', 'checkpoint: cut at each byte', len(good), 'named, with what to do')
 
 
 def test_pickles_are_never_opened(tmp_path):

@@ -1,11 +1,16 @@
 "Faults are injected, and what they hit goes on, or says what to do; nbs/parts/faults.ipynb tells how often"
 import errno
+import io
 import json
 import os
+import pickle
 import re
+import socket
 import subprocess
 import sys
+import tarfile
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import FAULTS
 
 from weat_nb import fetch, train
 from weat_nb.checkpoints import CheckpointError, load_checkpoint, load_tensors, save_checkpoint
@@ -35,6 +41,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def test_the_page_says_what_the_tests_inject():
+    rows, here = json.loads(FAULTS.read_text(encoding='utf-8')), Path(__file__).parent
+    for r in rows:
+        file, name = r['test'].split('::')
+        assert f'def {name}(' in (here/file).read_text(encoding='utf-8'), f'{r["test"]} is gone: delete its rows from {FAULTS.name}'
+    cells = json.loads((here.parent/'nbs/parts/faults.ipynb').read_text(encoding='utf-8'))['cells']
+    shown = [''.join(o['data']['text/markdown']).splitlines()[2:] for c in cells if c['cell_type'] == 'code' for o in c['outputs']]
+    wanted = [f"| {r['fault']} | {r['times']} | {r['outcome']} | `{r['test'].split('::')[1]}` |" for r in rows]
+    assert [line for table in shown for line in table] == wanted, 'run nbdev-test nbs/parts/faults.ipynb --save && nbdev-clean'
 
 
 # 1 Killed processes
@@ -241,6 +258,23 @@ def test_damaged_packaged_data(tmp_path, monkeypatch, survived):
     survived('3 damaged files', 'packaged images: flipped bit, cut', count, 'named, with what to do')
 
 
+def test_damaged_data_set(tmp_path, monkeypatch, survived):
+    "What the user has is named and left alone, never replaced or half believed"
+    from torchvision.datasets import CIFAR10
+    monkeypatch.setattr(fetch, 'download', lambda *args, **options: pytest.fail('fetched'))
+    folder, good = tmp_path/CIFAR10.base_folder, pickle.dumps({'data': np.zeros((3, 3072), np.uint8), 'labels': [0, 1, 2]}, protocol=2)
+    folder.mkdir()
+    md5s = {name: fetch.md5sum(good) for name, _ in CIFAR10.train_list + CIFAR10.test_list}
+    for what in ('train_list', 'test_list'): monkeypatch.setattr(CIFAR10, what, [(name, md5s[name]) for name, _ in getattr(CIFAR10, what)])
+    for name in [*md5s, 'batches.meta']: (folder/name).write_bytes(good)
+    damaged = damage(good)
+    for bad in damaged:
+        (folder/'test_batch').write_bytes(bad)
+        with pytest.raises(ValueError, match='test_batch is not the published file.*delete or move it'): fetch.read_cifar(False, tmp_path)
+        assert (folder/'test_batch').read_bytes() == bad
+    survived('3 damaged files', 'file of a data set: flipped bit, cut', len(damaged), 'named and left alone, with what to do')
+
+
 class Bomb:
     "Makes a folder when it is unpickled"
     def __init__(self, folder): self.folder = folder
@@ -249,7 +283,6 @@ class Bomb:
 
 def test_pickle_bombs(tmp_path, survived):
     "As checkpoint, as bare weights, as a batch of CIFAR, as synthesised images"
-    import pickle
     bomb, bare = Bomb(tmp_path/'ran'), tmp_path/'bare'
     bare.write_bytes(pickle.dumps(bomb))
     torch.save({'state_dict': {'w': torch.zeros(1)}, 'x': bomb}, tmp_path/'zip')
@@ -268,8 +301,6 @@ def test_pickle_bombs(tmp_path, survived):
 
 def test_archives_with_paths_that_lead_out(tmp_path, survived):
     "Members are taken by the names that were published, so that no other path is ever followed"
-    import io
-    import tarfile
     (tmp_path/'outside').write_bytes(b'mine')
     members = {'data/../../outside': b'evil', '/tmp/outside-weat': b'evil', 'data/good': b'good'}
     buffer = io.BytesIO()
@@ -364,7 +395,6 @@ def test_downloads(server, tmp_path, survived):
 
 
 def test_offline(tmp_path, monkeypatch, survived):
-    import socket
     def unknown(*args, **options): raise socket.gaierror(-2, 'Name or service not known')
     monkeypatch.setattr(socket, 'getaddrinfo', unknown)
     with pytest.raises(ConnectionError) as e: fetch.download('http://data.example/batch', tmp_path/'root/batch', None)
@@ -383,7 +413,6 @@ def memory():
 @pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='reads /proc')
 def test_two_thousand_updates(survived):
     "Neither memory nor time of an update grows: the last quarter is compared with the one before it and with the second"
-    import time
     torch.manual_seed(0)
     model = create_model('resnet8', 10, 1, 16, seed=0)
     step = TrainStep(model, 'weat_adv', eps=.1, step_size=.03, steps=1)

@@ -109,12 +109,11 @@ def measured_table(
     rows = []
     for group in groups.values():
         training, first = _training(group[0]), group[0]
-        images = {a: sorted({r['num_images'] for record in group for r in record['results'] if r['attack'] == a}) for a in _COLUMNS}
-        paper = PAPER_RESULTS.get(first['data']['dataset'], {}).get(training.get('objective', ''), (None, None))
-        rows.append({'data': first['data']['dataset'], 'objective': training.get('objective') or first['model']['name'], 'network': first['model']['arch'], 'epochs': training.get('epochs'), 'arithmetic': training.get('precision'), 'seeds': len(group),
+        images = {column: '/'.join(map(str, counts)) for a, column in _COLUMNS.items() if (counts := sorted({r['num_images'] for record in group for r in record['results'] if r['attack'] == a}))}
+        rows.append({'data': first['data']['dataset'], 'objective': training.get('objective') or first['model']['name'], 'network': first['model']['arch'], 'epochs': training.get('epochs'), 'seeds': len(group),
                      **{column: _cell(group, a) for a, column in _COLUMNS.items()},
-                     'images': ', '.join(f"{'/'.join(map(str, images[a]))} {column}" for a, column in _COLUMNS.items() if images[a]),
-                     'paper, ResNet-18: PGD': paper[0], 'paper, ResNet-18: AutoAttack': paper[1]})
+                     'images': next(iter(images.values())) if len(set(images.values())) == 1 else ', '.join(f'{n} {column}' for column, n in images.items()),
+                     'arithmetic': training.get('precision')})
     return Table(rows)
 
 def paper_table(
