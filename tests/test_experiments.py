@@ -1,8 +1,7 @@
-"The parameter files are the paper's protocol, the grid is all of them, and the page of the experiments says what the records say"
+"The parameter files are the paper's protocol, the grid is all of them, and the first page says what the records say"
 import json
 from pathlib import Path
 
-import papermill
 import pytest
 
 from weat_nb.grid import notebook_parameters, read_grid
@@ -47,13 +46,6 @@ def test_the_grid_is_the_files():
 
 
 def tables(nb): return [''.join(o['data'].get('text/markdown', '')) for c in nb['cells'] if c['cell_type'] == 'code' for o in c['outputs'] if 'data' in o]
-
-
-def test_the_page_is_up_to_date(tmp_path):
-    page = root/'nbs/experiments.ipynb'
-    fresh = tables(papermill.execute_notebook(page, tmp_path/'out.ipynb', cwd=tmp_path, progress_bar=False))
-    assert fresh[0].count('\n') == 25
-    assert fresh == tables(json.loads(page.read_text())), 'the records or the parameter files have changed: run nbdev-test nbs/experiments.ipynb --save && nbdev-clean'
 
 
 def test_the_first_page_is_up_to_date():

@@ -12,7 +12,6 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
-import papermill
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -186,13 +185,17 @@ def test_commands_are_accepted(page, tmp_path, monkeypatch):
     monkeypatch.setenv('WEAT_DATA', str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for words in commands(text_of(page)):
-        if not placeholder(words): check(words, monkeypatch)
+        if placeholder(words): continue
+        for own in (tmp_path/w for w in words if re.fullmatch(r'[\w./-]+\.(safetensors|pth|npz)', w)): # files of the reader's
+            own.parent.mkdir(parents=True, exist_ok=True)
+            own.touch()
+        check(words, monkeypatch)
 
 
 @pytest.mark.parametrize('command, message', [
     ('papermill nbs/04_train_weat.ipynb out.ipynb -p bta 7', "unknown parameter 'bta'"), ('papermill nbs/04_train_weat.ipynb out.ipynb -p epochs 0', 'epochs = 0'),
     ('papermill nbs/4_train.ipynb out.ipynb', 'there is no nbs/4_train.ipynb'), ('papermill nbs/00_energy.ipynb out.ipynb -p beta 7', 'has no parameters'), ('papermill nbs/09_evaluate.ipynb', 'does not take'),
-    ('papermill nbs/05_dynamics.ipynb out.ipynb -p objectives swt', "objective = 'swt'"), ("pip install -e '.[devel]'", 'devel'), ('weat-sweep experiments/no.yaml', 'no.yaml'),
+    ('papermill nbs/05_dynamics.ipynb out.ipynb -p objectives swt', "objectives = 'swt'"), ("pip install -e '.[devel]'", 'devel'), ('weat-sweep experiments/no.yaml', 'no.yaml'),
     ('python tests/nothing.py', 'nothing'), ('python -c "from weat_nb.runs import publish"', 'publish'), ('weat_train --beta 7', 'does not know the command')])
 def test_a_wrong_command_is_seen(command, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -265,11 +268,3 @@ def test_readme_snippets_give_what_is_stated(tmp_path):
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', RUNNER], input=json.dumps([code for code, _ in found]), capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     for (code, stated), output in zip(found, json.loads(done.stderr)): assert output.strip('\n') == stated, code
-
-
-def test_estimates_are_up_to_date(tmp_path):
-    "The page of costs is computed, not measured: it says the same everywhere"
-    page = root/'nbs/examples/whole_paper.ipynb'
-    tables = lambda nb: [''.join(o['data']['text/markdown']) for c in nb['cells'] if c['cell_type'] == 'code' for o in c['outputs'] if 'text/markdown' in o.get('data', {})]
-    fresh = tables(papermill.execute_notebook(page, tmp_path/'out.ipynb', cwd=tmp_path, progress_bar=False))
-    assert len(fresh) > 3 and fresh == tables(json.loads(page.read_text(encoding='utf-8'))), 'run nbs/examples/whole_paper.ipynb again, then nbdev-clean'

@@ -36,7 +36,7 @@ def notebook_parameters(
 # %% ../nbs/parts/grid.ipynb #20976526
 PLACE = ('device', 'root', 'num_processes', 'resume', 'run_dir') # where and how a run is computed, not what
 _KEYS = ('notebook', 'parameters', 'grid', 'then', 'records', 'pages')
-_ANY = dict(low=None, high=None, above=None, choices=None)
+_ANY = dict(low=None, high=None, above=None, choices=None, names=None, path=None)
 
 @dataclass(frozen=True)
 class Stage:
