@@ -414,10 +414,10 @@ def memory():
 def test_two_thousand_updates(survived):
     "Neither memory nor time of an update grows: the last quarter is compared with the one before it and with the second"
     torch.manual_seed(0)
-    model = create_model('resnet8', 10, 1, 16, seed=0)
+    model = create_model('resnet8', 10, 1, 8, seed=0)
     step = TrainStep(model, 'weat_adv', eps=.1, step_size=.03, steps=1)
     optimizer, generator = torch.optim.SGD(model.parameters(), lr=.01, momentum=.9), torch.Generator().manual_seed(0)
-    updates, x, y, held, seconds = 2000, torch.rand(2, 1, 16, 16), torch.tensor([0, 1]), [], []
+    updates, x, y, held, seconds = 2000, torch.rand(8, 1, 8, 8), torch.arange(8), [], []
     for _ in range(updates):
         begun = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
@@ -426,7 +426,7 @@ def test_two_thousand_updates(survived):
         seconds.append(time.perf_counter() - begun)
         held.append(memory())
     late = np.array(held[updates//4:], float)
-    slope = np.polyfit(np.arange(len(late)), late, 1)[0] # bytes an update; two leaked images would be 2 kB
+    slope = np.polyfit(np.arange(len(late)), late, 1)[0] # bytes an update; a leaked batch would be 2 kB
     assert slope < 500, f'{slope:.0f} bytes an update'
     quarters = [float(np.median(q)) for q in np.array_split(seconds, 4)]
     assert quarters[3] < 2*min(quarters[1:3]), quarters
