@@ -11,13 +11,17 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+tqdm.set_lock(threading.RLock()) # its own is shared by all forks: one that is killed while it draws would keep it for ever
+tqdm.monitor_interval = 0 # no thread that might hold the lock at the moment of a fork
 torch.set_num_threads(1) # before a fork: the threads of a pool would not live in the child
 
 from weat_nb import evaluate, pretrained, runs, train
