@@ -10,10 +10,15 @@ from preview import prepare
 
 
 @pytest.fixture(scope='session')
-def prepared(tmp_path_factory):
+def shared(tmp_path_factory):
+    "A folder of all of pytest's processes"
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
+
+
+@pytest.fixture(scope='session')
+def prepared(shared):
     "The folder that nbdev would hand to Quarto"
-    shared = tmp_path_factory.getbasetemp()
-    if 'PYTEST_XDIST_WORKER' in os.environ: shared = shared.parent
     with FileLock(shared/'site.lock'):
         folder, done = shared/'site', shared/'site.done'
         if not done.exists():
@@ -31,14 +36,13 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture
-def survived(request):
+def survived(request, shared):
     """`survived(area, fault, times, outcome)`: a row of the table of faults, of a test that has injected them and passed.
 
     The row must be the recorded one, so that the page says what the tests do."""
     def row(area, fault, times, outcome):
         new = dict(area=area, fault=fault, times=times, outcome=outcome, test=f'{request.path.name}::{request.function.__name__}')
-        shared = Path(request.config.cache.mkdir('faults'))
-        with FileLock(shared/'lock'):
+        with FileLock(shared/'faults.lock'):
             rows = json.loads(FAULTS.read_text(encoding='utf-8')) if FAULTS.exists() else []
             if not request.config.getoption('--record-faults'):
                 assert new in rows, f'{new} is not in {FAULTS.name}: run pytest --record-faults, then fill nbs/parts/faults.ipynb'

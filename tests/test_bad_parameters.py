@@ -90,62 +90,49 @@ def out_of_range(rule):
     if rule['high'] is not None: yield rule['high'] + step
 
 
-def each(of):
-    "How many values were refused, over all parameters of all pages"
-    return sum(of(notebook.stem, page(notebook)) for notebook in NOTEBOOKS)
+def refused(values, check):
+    "How many values were refused, over all parameters of all pages; `check` looks at rule, value and text of the error"
+    times = 0
+    for notebook in NOTEBOOKS:
+        for name, rule in page(notebook).rules.items():
+            for value in values(rule):
+                text = page(notebook).refuses(**{name: value})
+                assert f'{name} = {value!r} is not allowed' in text and check(rule, value, text), (notebook.stem, text)
+                times += 1
+    return times
 
 
 def test_wrong_types(survived):
-    def refused(where, page):
-        times = 0
-        for name, rule in page.rules.items():
-            for value in (*WRONG_TYPES[rule['kind']], *([None] if rule['default'] is not None else [])):
-                text = page.refuses(**{name: value})
-                assert f'{name} = {value!r} is not allowed' in text and 'must be' in text, (where, text)
-                times += 1
-        return times
-    survived(PARAMETERS, 'a value of the wrong type', each(refused), 'one error that names the parameter and what it can be; nothing was begun')
+    def values(rule): return (*WRONG_TYPES[rule['kind']], *([None] if rule['default'] is not None else []))
+    def check(rule, value, text): return 'must be' in text
+    survived(PARAMETERS, 'a value of the wrong type', refused(values, check), 'one error that names the parameter and what it can be; nothing was begun')
 
 
 def test_out_of_range(survived):
-    def refused(where, page):
-        times = 0
-        for name, rule in page.rules.items():
-            for value in out_of_range(rule) if rule['kind'] in (int, float) else ():
-                text = page.refuses(**{name: value})
-                assert f'{name} = {value!r} is not allowed' in text, (where, text)
-                assert all(f'{rule[bound]:g}' in text for bound in ('low', 'above', 'high') if rule[bound] is not None), (where, text)
-                times += 1
-        return times
-    survived(PARAMETERS, 'a number out of range, below and above', each(refused), 'one error with the parameter and its range; nothing was begun')
+    def values(rule): return out_of_range(rule) if rule['kind'] in (int, float) else ()
+    def check(rule, value, text): return all(f'{rule[bound]:g}' in text for bound in ('low', 'above', 'high') if rule[bound] is not None)
+    survived(PARAMETERS, 'a number out of range, below and above', refused(values, check), 'one error with the parameter and its range; nothing was begun')
 
 
 def test_unknown_choices(survived):
-    def refused(where, page):
-        times = 0
-        for name, rule in page.rules.items():
-            allowed = rule['choices'] or rule['names'] or ()
-            for value in (*(f'{n}x' for n in allowed), *(['zebra'] if allowed else [])):
-                text = page.refuses(**{name: value})
-                assert f'{name} = {value!r} is not allowed' in text and all(n in text for n in allowed), (where, text)
-                assert value == 'zebra' or f'{value[:-1]!r}' in text.split('did you mean')[1], (where, text)
-                times += 1
-        return times
-    survived(PARAMETERS, 'a choice that does not exist', each(refused), 'one error with the choices that exist and the nearest; nothing was begun')
+    def allowed(rule): return rule['choices'] or rule['names'] or ()
+    def values(rule): return (*(f'{n}x' for n in allowed(rule)), *(['zebra'] if allowed(rule) else []))
+    def check(rule, value, text): return all(n in text for n in allowed(rule)) and (value == 'zebra' or f'{value[:-1]!r}' in text.split('did you mean')[1])
+    survived(PARAMETERS, 'a choice that does not exist', refused(values, check), 'one error with the choices that exist and the nearest; nothing was begun')
 
 
 def test_misspelt_names(survived):
-    def refused(where, page):
-        times, names = 0, page.names
-        assert set(names) == set(page.rules), where
+    times = 0
+    for notebook in NOTEBOOKS:
+        names = page(notebook).names
+        assert set(names) == set(page(notebook).rules), notebook.stem
         for name in names:
             for wrong in {name + 'x', name[0] + name, name[:-1], name.upper(), name.replace('_', '')} - {*names, ''}:
-                text = page.refuses(**{wrong: 1})
-                assert f'unknown parameter {wrong!r}' in text and all(n in text for n in names), (where, text)
-                if len(wrong) > 1: assert f'{name!r}' in text.split(' The parameters are:')[0], (where, text)
+                text = page(notebook).refuses(**{wrong: 1})
+                assert f'unknown parameter {wrong!r}' in text and all(n in text for n in names), (notebook.stem, text)
+                if len(wrong) > 1: assert f'{name!r}' in text.split(' The parameters are:')[0], (notebook.stem, text)
                 times += 1
-        return times
-    survived(PARAMETERS, 'a misspelt parameter', each(refused), 'one error with the nearest name and all names; nothing was begun')
+    survived(PARAMETERS, 'a misspelt parameter', times, 'one error with the nearest name and all names; nothing was begun')
 
 
 RUBBISH = { # what is of the right type, and makes no sense

@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
+from test_notebooks import tables
 
 from weat_nb.grid import notebook_parameters, read_grid
 from weat_nb.records import measured_table, read_records
@@ -43,9 +44,6 @@ def test_the_grid_is_the_files():
     wanted = [TrainConfig(**yaml.safe_load(p.read_text()), device='cpu').identity() for p in files]
     assert sorted(map(json.dumps, found)) == sorted(map(json.dumps, wanted))
     assert len(read_grid(root/'experiments/grid_fashion_mini.yaml').runs) == 8
-
-
-def tables(nb): return [''.join(o['data'].get('text/markdown', '')) for c in nb['cells'] if c['cell_type'] == 'code' for o in c['outputs'] if 'data' in o]
 
 
 def test_the_first_page_is_up_to_date():

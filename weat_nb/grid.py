@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .params import check_param, suggest
+from .params import check_param, param, suggest
 
 # %% ../nbs/parts/grid.ipynb #a5df2cbb
 def notebook_parameters(
@@ -36,7 +36,6 @@ def notebook_parameters(
 # %% ../nbs/parts/grid.ipynb #20976526
 PLACE = ('device', 'root', 'num_processes', 'resume', 'run_dir') # where and how a run is computed, not what
 _KEYS = ('notebook', 'parameters', 'grid', 'then', 'records', 'pages')
-_ANY = dict(low=None, high=None, above=None, choices=None, names=None, path=None)
 
 @dataclass(frozen=True)
 class Stage:
@@ -78,7 +77,7 @@ def _stage(notebook:Path, given:dict[str, Any], where:str)->Stage:
         if name not in known: raise ValueError(f'{where}: {notebook.name} has no parameter {name!r}{suggest(name, known) or "."} Its parameters are: {", ".join(known)}')
         if name == 'run_dir': raise ValueError(f'{where}: run_dir is not allowed: a sweep gives every run a folder of its own')
         kind, default = known[name]
-        try: checked = check_param(name, value, dict(kind=kind, help=f'of {notebook.name}', **_ANY)) if kind else value
+        try: checked = check_param(name, value, param(kind, f'of {notebook.name}').metadata) if kind else value
         except ValueError as e: raise ValueError(f'{where}: {e}') from None
         if checked != default and name not in PLACE: identity[name] = checked
     return Stage(notebook, given, identity)

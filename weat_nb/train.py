@@ -293,8 +293,8 @@ def fit(
     with lock_run(run) if node_rank == 0 else nullcontext():
         if node_rank == 0:
             open_run(run, config.identity(), resume)
-            _mend_state(run)
-        taken_up = len(_read_state(run)[1]) if (run/_STATE).exists() else 0
+            taken_up = _mend_state(run)
+        else: taken_up = len(_read_state(run)[1]) if (run/_STATE).exists() else 0
         if processes == 1: _fit(config, run, *data, snapshots, snapshot_images)
         else:
             values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
@@ -322,12 +322,10 @@ def _read_state(run:Path, device:str|torch.device = 'cpu')->tuple[dict[str, Tens
     tensors, metadata = load_tensors(run/_STATE, device=device)
     return tensors, metadata['history']
 
-def _mend_state(run:Path)->None:
-    "Put the previous state in the place of one that is damaged or gone"
+def _mend_state(run:Path)->int:
+    "Put the previous state in the place of one that is damaged or gone; the number of epochs that are done"
     state, previous = run/_STATE, run/_PREVIOUS
-    try:
-        if state.exists() or previous.exists() or read_lines(run/'metrics.jsonl'): _read_state(run)
-        return
+    try: return len(_read_state(run)[1]) if state.exists() or previous.exists() or read_lines(run/'metrics.jsonl') else 0
     except (CheckpointError, FileNotFoundError) as e: wrong = e
     try: tensors, metadata = load_tensors(previous)
     except (CheckpointError, FileNotFoundError):
@@ -335,6 +333,7 @@ def _mend_state(run:Path)->None:
     warnings.warn(f"{wrong}. The run goes on after epoch {len(metadata['history'])}, from {previous.name}", stacklevel=3)
     if state.exists(): os.replace(state, run/'state.damaged.safetensors')
     save_tensors(state, tensors, metadata)
+    return len(metadata['history'])
 
 def _keep_previous(run:Path)->None:
     "Give the state that is about to be replaced a second name; `state.safetensors` is there all the time"
