@@ -4,6 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
+if workers := os.environ.get('PYTEST_XDIST_WORKER_COUNT'): # before torch is imported: threads beyond the cores wait for one another
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//int(workers))))
+
 import pytest
 from filelock import FileLock
 from preview import prepare
