@@ -241,6 +241,17 @@ def test_no_gradient_and_no_number():
     with pytest.raises(FloatingPointError, match='NaN or infinite'): evaluate(model, data, ('clean',), **EPS)
 
 
+class NaNBetweenPixels(Small):
+    "Answers at images of whole pixel values only"
+    def forward(self, x): return self.inner(x) + torch.where((255*x - (255*x).round()).abs().flatten(1).amax(1, keepdim=True) > 1e-3, float('nan'), 0.)
+
+
+@pytest.mark.parametrize('name', ['pgd-5', 'cw', 'autoattack'])
+def test_no_number_at_attacked_images(short, name):
+    model = NaNBetweenPixels(tiny())
+    with pytest.raises((FloatingPointError, ValueError), match='NaN or infinite'): evaluate(model, images_for(model), (name,), **EPS)
+
+
 def test_refused():
     model = tiny(classes=4)
     with pytest.raises(ValueError, match='needs 10 classes; toy has 4'): evaluate(model, images_for(model, classes=4), ('autoattack',), **EPS)

@@ -15,7 +15,8 @@ PARAMETERS = {'04_train_weat': QUICK, '08_generate': dict(steps=2, per_class=2, 
               '05_dynamics': dict(objectives='sat, trades', epochs=2, num_train=64, num_val=20, num_images=20, attack_steps=1, batch_size=32, snapshot_every=1, monitor_epochs=1),
               '06_landscapes': dict(models='fashion_mini-standard-resnet8,fashion_mini-sat-resnet8', subjects='fashion_mini-standard-resnet8', num_images=6, batch_size=3, steps=2, queries=5, cw_steps=3),
               '07_subsets': dict(epochs=1, num_train=200, num_test=20, seeds=1, attack_steps=1, eval_steps=1),
-              '11_single_step': dict(epochs=1, num_train=64, num_test=20, seeds=1, eval_steps=1)}
+              '11_single_step': dict(epochs=1, num_train=64, num_test=20, seeds=1, eval_steps=1),
+              '12_scaling': dict(rounds=1, updates=1, batch_size=8, attack_steps=1, batch_sizes='4,', steps='2,', widths='1,', processes='2,')}
 
 
 def run(path, folder, **parameters):

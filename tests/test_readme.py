@@ -23,7 +23,8 @@ QUICK = { # appended to README's commands, so that they take seconds
     '04_train_weat': dict(arch='resnet8', epochs=1, num_train=96, num_val=30, num_test=30, attack_steps=1, batch_size=32),
     '09_evaluate': dict(attacks='clean, pgd-5', num_images=20), '05_dynamics': dict(objectives='sat', epochs=1, num_train=64, num_val=20, num_images=20, attack_steps=1, batch_size=32, monitor_epochs=1),
     '06_landscapes': dict(models='fashion_mini-sat-resnet8', attacks='pgd', num_images=6, steps=2), '07_subsets': dict(epochs=1, num_train=200, num_test=20, seeds=1, attack_steps=1, eval_steps=1),
-    '08_generate': dict(steps=2, per_class=2, compare_per_class=2), '10_speed': dict(rounds=1, num_images=32, attack_steps=2), '11_single_step': dict(epochs=1, num_train=64, num_test=20, seeds=1, eval_steps=1)}
+    '08_generate': dict(steps=2, per_class=2, compare_per_class=2), '10_speed': dict(rounds=1, num_images=32, attack_steps=2), '11_single_step': dict(epochs=1, num_train=64, num_test=20, seeds=1, eval_steps=1),
+    '12_scaling': dict(rounds=1, updates=1, batch_size=8, attack_steps=1, batch_sizes='4,', steps='2,', widths='1,', processes=None)}
 FOLDERS = dict(cifar10='cifar-10-batches-py', cifar100='cifar-100-python', svhn='train_32x32.mat', tiny_imagenet='tiny-imagenet-200') # of real data in WEAT_DATA
 
 

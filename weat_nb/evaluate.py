@@ -269,9 +269,12 @@ def evaluate(
 
     def work(a:str)->int: return sum(attack_passes(a, settings[a]).values())
     progress = Progress(sum(counts[a]*work(a) for a in attacks), 'evaluation', show=show)
+    finite = torch.ones((), dtype=torch.bool, device=device) # asked once a batch: a GPU is not made to wait in every step
     def logits(x:Tensor)->Tensor:
         progress.step(by=len(x)*(1 + (torch.is_grad_enabled() and x.requires_grad)))
-        return model(x)
+        out = model(x)
+        finite.logical_and_(out.detach().isfinite().all())
+        return out
     def save()->None:
         if state is not None: write_text(state, json.dumps(kept))
 
@@ -287,7 +290,9 @@ def evaluate(
                 ahead += sum(work(a)*int(correct.get('clean', left)[:counts[a]].sum()) for a in later)
                 _aim(progress, ahead, f'{part} on {len(left)} images, {int(left.sum())} hold')
                 few = data[indices.to(data.images.device)].to(device)
-                return attack_batch(part, logits, to_float(few.images), few.labels, indices, settings=settings[name], seed=seed)
+                found = attack_batch(part, logits, to_float(few.images), few.labels, indices, settings=settings[name], seed=seed)
+                if not finite: raise FloatingPointError(f"the model's logits are NaN or infinite at images that {part} tried: what they are worth as answers is not known, so no accuracy is given")
+                return found
             after = _run_attack(entry, batch_size, clean, attack_images, list(parts), save, device.type)
             correct[name] = list(after.values())[-1]
             results.append(_result(name, entry, after, correct['clean'][:counts[name]]))

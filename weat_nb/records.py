@@ -12,6 +12,7 @@ __all__ = ['PUBLISHED_RECORDS', 'PAPER_RESULTS', 'suspicions', 'standard_error',
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,16 +105,16 @@ def measured_table(
     "Every measured model, seeds together"
     groups:dict[str, list] = {}
     for record in records:
-        training = {k: v for k, v in _training(record).items() if k != 'seed'}
+        training = {k: v for k, v in _training(record).items() if k not in ('seed', 'precision')}
         groups.setdefault(json.dumps([record['data']['dataset'], record['model']['arch'], training or record['model']['name']], sort_keys=True), []).append(record)
     rows = []
     for group in groups.values():
-        training, first = _training(group[0]), group[0]
+        training, first, arithmetic = _training(group[0]), group[0], Counter(_training(record).get('precision') for record in group)
         images = {column: '/'.join(map(str, counts)) for a, column in _COLUMNS.items() if (counts := sorted({r['num_images'] for record in group for r in record['results'] if r['attack'] == a}))}
         rows.append({'data': first['data']['dataset'], 'objective': training.get('objective') or first['model']['name'], 'network': first['model']['arch'], 'epochs': training.get('epochs'), 'seeds': len(group),
                      **{column: _cell(group, a) for a, column in _COLUMNS.items()},
                      'images': next(iter(images.values())) if len(set(images.values())) == 1 else ', '.join(f'{n} {column}' for column, n in images.items()),
-                     'arithmetic': training.get('precision')})
+                     'arithmetic': training.get('precision') if len(arithmetic) == 1 else ', '.join(f'{k} ({n})' for k, n in arithmetic.items())})
     return Table(rows)
 
 def paper_table(
