@@ -146,6 +146,14 @@ def test_monitor_counts_images_not_batches():
     with pytest.raises(ValueError, match='had no images'): monitor.step()
 
 
+def test_monitor_takes_the_epoch_s_number():
+    monitor = EnergyMonitor()
+    for epoch in (0, 1, None):
+        monitor.update(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+        monitor.step(epoch)
+    assert [h['epoch'] for h in monitor.history] == [0, 1, 3] # None: calls are counted
+
+
 def test_monitor_warns_once_and_goes_on_from_a_saved_state():
     levels = [-.2]*10 + [-.39, -.41, -.9]
     with pytest.warns(DivergenceWarning, match='epoch 12: .*robust overfitting') as caught: whole = feed(EnergyMonitor(), levels)

@@ -16,9 +16,10 @@ from test_bad_parameters import page
 from torch import nn
 
 from weat_nb.data import ImageData, load_dataset, to_float
-from weat_nb.evaluate import EvaluationWarning, attack_batch, evaluate, load_model, weights_sha256
+from weat_nb.evaluate import EvaluationWarning, attack_batch, evaluate, hardware, load_model, weights_sha256
 from weat_nb.models import create_model
 from weat_nb.records import measured_table, paper_table, read_records
+from weat_nb.runs import lock_file
 
 root = Path(__file__).parent.parent
 EPS = dict(eps=.03, step_size=.01, show=False)
@@ -172,6 +173,43 @@ def test_state_of_something_else_is_refused(tmp_path):
     for text in ('{"format"', '[]', '{"format": "other"}'):
         state.write_text(text)
         with pytest.raises(ValueError, match='is no state of an evaluation'): evaluate(model, data, ('pgd-5',), state, **EPS)
+
+
+def test_the_pixels_mean_belongs_to_the_model(tmp_path):
+    "No checkpoint holds it, and with another one the same weights answer otherwise"
+    data = load_dataset('fashion_mini', 'test')[:10]
+    first, other = (create_model('resnet8', 10, 1, 28, mean=[mean], std=[.5], seed=0) for mean in (.5, .1))
+    assert weights_sha256(first) != weights_sha256(other)
+    evaluate(first, data, ('clean',), tmp_path/'state.json', show=False)
+    with pytest.raises(ValueError, match='state of another evaluation .weights_sha256 is'): evaluate(other, data, ('clean',), tmp_path/'state.json', show=False)
+
+
+def test_a_state_in_use_is_refused(tmp_path):
+    model, state = tiny(), tmp_path/'state.json'
+    evaluate(model, images_for(model), ('clean',), state, **EPS)
+    half = tmp_path/'.state.json.abcdefgh.part' # what the other process is writing just now
+    half.touch()
+    with lock_file(tmp_path/'.state.json.lock', 'busy'), pytest.raises(RuntimeError, match='is being written by another evaluation: wait for it'): evaluate(model, images_for(model), ('clean',), state, **EPS)
+    assert half.exists()
+    evaluate(model, images_for(model), ('clean',), state, **EPS)
+    assert not half.exists()
+
+
+def test_the_gpu_is_named_where_it_computes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: f'card {device}')
+    assert 'card' not in hardware('cpu') and hardware(torch.device('cuda:1')).startswith('card cuda:1, ')
+
+
+def test_records_of_one_model_are_one_row():
+    "Its attacks may come from several evaluations; another ball is another row, and not the paper's"
+    def record(weights, eps, **accuracies):
+        return dict(model=dict(name=weights, arch='resnet18', weights_sha256=weights, training=dict(objective='sat', eps=8/255, epochs=100, seed=0, precision='bf16')), data=dict(dataset='cifar10'),
+                    results=[dict(attack=a, num_images=1000, accuracy=v, **({} if a == 'clean' else dict(eps=eps))) for a, v in accuracies.items()])
+    mine = [record('a', 8/255, clean=90., **{'pgd-20': 50.}), record('a', 8/255, clean=90., autoattack=45.), record('a', 2/255, clean=90., autoattack=75.)]
+    rows = measured_table(mine)
+    assert [(r['seeds'], r['PGD-20'], r['AutoAttack'], r['radius']) for r in rows] == [(1, '50.0', '45.0', 8/255), (1, None, '75.0', 2/255)]
+    assert next(r for r in paper_table(mine) if (r['data'], r['objective']) == ('cifar10', 'sat'))['AutoAttack, here'] == '45.0'
 
 
 def test_state_takes_more_attacks(tmp_path, monkeypatch):

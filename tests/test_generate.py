@@ -174,7 +174,7 @@ def test_sgld_is_the_printed_update():
     found = sgld(model, x, y, **options, generator=seeded(5), keep=(0, 7))
     images, energies = naive_sgld(small(), x, y, **options, generator=seeded(5))
     assert torch.allclose(found.images, images, atol=1e-4) and torch.allclose(found.energies, energies, atol=1e-3)
-    assert torch.equal(found.frames, torch.stack([x, found.images]))
+    assert torch.equal(found.frames, torch.stack([x, found.images])) and not found.frames.requires_grad
     assert found.steps_done.tolist() == [7]*6 and (images - x).abs().mean() > .01
 
 

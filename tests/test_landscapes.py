@@ -105,8 +105,9 @@ def test_kept_batches_belong_to_weights_images_and_options(model, data, tmp_path
     first = attack_energies(model, data[:5], 'pgd', **options)
     longer = attack_energies(model, data, 'pgd', **options) # adds a batch, keeps the first
     assert all(torch.equal(longer[k][:5], first[k]) for k in first) and len(list((tmp_path/'pgd').iterdir())) == 2
-    other = create_model('resnet8', 10, in_channels=1, image_size=28, seed=1)
-    for change, message in [(dict(model=other), 'weights'), (dict(data=data[torch.arange(9, -1, -1)]), 'images'), (dict(eps=.2), 'eps is 0.1 there and 0.2 here'), (dict(steps=2), 'steps')]:
+    other, shifted = create_model('resnet8', 10, in_channels=1, image_size=28, seed=1), create_model('resnet8', 10, in_channels=1, image_size=28, mean=[.5], std=[1.])
+    shifted.load_state_dict(model.state_dict()) # no checkpoint holds the mean of the pixels
+    for change, message in [(dict(model=other), 'weights'), (dict(model=shifted), 'weights'), (dict(data=data[torch.arange(9, -1, -1)]), 'images'), (dict(eps=.2), 'eps is 0.1 there and 0.2 here'), (dict(steps=2), 'steps')]:
         given = {**dict(model=model, data=data), **options, **change}
         with pytest.raises(ValueError, match=f'other settings.*{message}.*another run_dir'): attack_energies(given.pop('model'), given.pop('data'), 'pgd', **given)
 

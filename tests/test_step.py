@@ -1,10 +1,13 @@
 "The fast update: equal to the reference, and safe on what it is given"
+import os
+from multiprocessing import get_context
+
 import pytest
 import torch
 from torch import nn
 
 from weat_nb.models import create_model
-from weat_nb.step import FrozenCopy, StepConfig, TrainStep, forward_cost, forward_passes, reference_step
+from weat_nb.step import FrozenCopy, StepConfig, TrainStep, exact_float32, forward_cost, forward_passes, reference_step
 
 RADII = dict(eps=8/255, step_size=2/255, steps=3)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
@@ -136,3 +139,20 @@ def test_graph_equals_eager(objective):
     for seed in (0, 1): # the second replays what the first captured
         plain, captured = (step.attack(x, y, torch.Generator('cuda').manual_seed(seed)) for step in attacks)
         assert torch.allclose(plain, captured, atol=1e-5)
+
+
+def precisions(switch):
+    "What convolutions and products are computed in, before, inside and after; in a process of its own, since some switches cannot be turned back"
+    def now(): return [switches.fp32_precision for switches in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
+    exec(switch)
+    before = now()
+    with exact_float32(): inside = now()
+    return before, inside, now()
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork') or not hasattr(torch.backends.cudnn, 'conv'), reason="needs fork and PyTorch's newer switches")
+@pytest.mark.parametrize('switch', ['pass', 'torch.backends.cudnn.allow_tf32 = False', "torch.set_float32_matmul_precision('medium')", "torch.backends.fp32_precision = 'tf32'", "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+                                    "torch.backends.cudnn.fp32_precision = 'tf32'", "torch.backends.cuda.matmul.fp32_precision = 'tf32'"])
+def test_float32_is_float32_whatever_the_caller_switched(switch):
+    with get_context('fork').Pool(1) as pool: before, inside, after = pool.apply(precisions, (switch,))
+    assert set(inside) <= {'ieee', 'none'} and after == before

@@ -54,6 +54,22 @@ def test_same_seed_same_weights(tmp_path):
     assert (tmp_path/'0/metrics.jsonl').read_bytes() != (tmp_path/'2/metrics.jsonl').read_bytes()
 
 
+def test_a_restored_momentum_lies_as_its_weights(tmp_path):
+    "A fused optimiser refuses a momentum in another memory layout than its weights, or mixes up its entries"
+    def begin():
+        model = create_model('resnet8', 10, 1, 28, seed=0).to(memory_format=torch.channels_last)
+        return model, torch.optim.SGD(model.parameters(), lr=.1, momentum=.9)
+    model, optimizer = begin()
+    model(torch.rand(4, 1, 28, 28)).sum().backward()
+    optimizer.step()
+    train._commit(tmp_path, model, optimizer, [], {})
+    again, restored = begin()
+    train._restore(tmp_path, again, restored)
+    for p, q in zip(model.parameters(), again.parameters()):
+        momentum = restored.state[q]['momentum_buffer']
+        assert momentum.stride() == q.stride() == p.stride() and torch.equal(momentum, optimizer.state[p]['momentum_buffer']) and not momentum.requires_grad
+
+
 def test_two_processes_train_as_one(tmp_path):
     "Synchronised batch normalisation and shares of one batch: the same run up to rounding, which training amplifies"
     config = TrainConfig(epochs=1, **TINY)

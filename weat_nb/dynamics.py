@@ -213,7 +213,7 @@ class EnergyMonitor:
     )->float: # mean ΔE(x) of the epoch, nats
         "Close the epoch; the first divergence is a `DivergenceWarning`"
         if not self._images: raise ValueError('step() closes an epoch, and this one had no images: call update(logits, logits_adv, y) before it')
-        now = dict(epoch=epoch or len(self.history) + 1, delta=self._delta/self._images, robust=100*self._right/self._images)
+        now = dict(epoch=len(self.history) + 1 if epoch is None else epoch, delta=self._delta/self._images, robust=100*self._right/self._images)
         usual = [abs(h['delta']) for h in self.history[self.warmup:self.warmup + self.window]]
         self.history.append(now)
         self._clear()

@@ -19,7 +19,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from .params import suggest
 from .plots import Table
 from .pretrained import PUBLIC_MODELS, load_pretrained, load_weights, pretrained_note
 from .records import record_rows, standard_error, suspicions
-from .runs import Progress, write_text
+from .runs import Progress, lock_file, write_text
 from .step import exact_float32
 from .train import PROTOCOLS
 
@@ -125,9 +125,9 @@ def _wrong(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor)->Tensor: return
 def weights_sha256(
     model:nn.Module, # any module
 )->str: # 64 hexadecimal digits
-    "SHA-256 of the weights and buffers as they are computed with, in the order of names"
+    "SHA-256 of the weights and buffers as they are computed with, in the order of names; those that no checkpoint holds, such as the mean of the pixels, included"
     sha = hashlib.sha256()
-    for name, t in sorted(model.state_dict().items()):
+    for name, t in sorted({**dict(model.named_buffers()), **model.state_dict()}.items()):
         sha.update(f'{name} {t.dtype} {tuple(t.shape)}\n'.encode())
         sha.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
@@ -197,13 +197,15 @@ def _run_attack(entry:dict[str, Any], batch_size:int|None, start:Tensor, attack_
         if device == 'cuda': torch.cuda.empty_cache()
 
 # %% ../nbs/09_evaluate.ipynb #7c76f533
-def hardware()->str:
+def hardware(
+    device:str|torch.device = 'cpu', # a GPU is named where it is what computes
+)->str: # for example 2 cores of AMD EPYC, 1 thread
     "The machine in words"
     cpu = platform.processor() or platform.machine()
     info = Path('/proc/cpuinfo')
     if info.exists() and (found := re.search(r'model name\s*:\s*(.+)', info.read_text())): cpu = found[1].strip()
     words = f'{os.cpu_count()} cores of {cpu}, {torch.get_num_threads()} thread{"s"*(torch.get_num_threads() > 1)}'
-    return f'{torch.cuda.get_device_name()}, {words}' if torch.cuda.is_available() else words
+    return f'{torch.cuda.get_device_name(device)}, {words}' if torch.device(device).type == 'cuda' else words
 
 def _versions()->dict[str, str]:
     "What was computed with"
@@ -265,7 +267,6 @@ def evaluate(
     device = next(model.parameters()).device
     images = hashlib.sha256(data.images.cpu().numpy().tobytes() + data.labels.cpu().numpy().tobytes()).hexdigest()
     identity = dict(weights_sha256=weights_sha256(model), dataset=data.name, split=split, images_sha256=images, seed=seed, device=device.type, **_versions())
-    kept = _open_state(state, identity, settings)
 
     def work(a:str)->int: return sum(attack_passes(a, settings[a]).values())
     progress = Progress(sum(counts[a]*work(a) for a in attacks), 'evaluation', show=show)
@@ -280,7 +281,9 @@ def evaluate(
 
     correct:dict[str, Tensor] = {}
     results = []
-    with _measuring(model):
+    held = nullcontext() if state is None else lock_file(Path(state).with_name(f'.{Path(state).name}.lock'), f'{state} is being written by another evaluation: wait for it, or name another state')
+    with held, _measuring(model):
+        kept = _open_state(state, identity, settings)
         for i, name in enumerate(attacks):
             entry, parts = kept['attacks'][name], attack_passes(name, settings[name])
             clean = correct['clean'][:counts[name]] if correct else torch.ones(counts[name], dtype=torch.bool)
@@ -303,7 +306,7 @@ def evaluate(
     arch = getattr(model, 'config', {}).get('arch') or type(model).__name__
     words = {'name': arch, **dict(about or {}), 'arch': arch, 'config': getattr(model, 'config', None), 'weights_sha256': identity['weights_sha256']}
     return Evaluation(dict(format=_FORMAT, model=words, data=dict(dataset=data.name, split=split, images_sha256=images), seed=seed,
-                           results=results, warnings=found, versions=_versions(), device=device.type, hardware=hardware(), seconds=round(sum(r['seconds'] for r in results), 1)), correct)
+                           results=results, warnings=found, versions=_versions(), device=device.type, hardware=hardware(device), seconds=round(sum(r['seconds'] for r in results), 1)), correct)
 
 # %% ../nbs/09_evaluate.ipynb #a9bb20e4
 def _image_counts(attacks:Sequence[str], num_images:int|Mapping[str, int]|None, there:int)->dict[str, int]:
@@ -334,18 +337,18 @@ def _check(model:nn.Module, data:ImageData, attacks:Sequence[str], batch_size:in
 @contextmanager
 def _measuring(model:nn.Module)->Iterator[None]:
     "Evaluation mode, float32 without TF32 or autocast, the same kernels each time, and no gradients of weights; all as before afterwards"
-    trained, cudnn, matmul = [p for p in model.parameters() if p.requires_grad], torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32
+    trained, cudnn = [p for p in model.parameters() if p.requires_grad], torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
     with ExitStack() as stack:
         for context in (eval_mode(model), exact_float32(), torch.autocast(next(model.parameters()).device.type, enabled=False), warnings.catch_warnings()): stack.enter_context(context)
         warnings.simplefilter('ignore', GradientMaskingWarning) # zero gradients are counted once, over all images
         try:
             for p in trained: p.requires_grad_(False)
-            cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32 = True, False, False
+            cudnn.deterministic, cudnn.benchmark = True, False
             yield
         finally:
             for p in trained: p.requires_grad_(True)
-            cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32 = before
+            cudnn.deterministic, cudnn.benchmark = before
 
 def _aim(progress:Progress, ahead:int, text:str)->None:
     "Tell the bar what is left to do"

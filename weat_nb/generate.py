@@ -209,7 +209,7 @@ def sgld(
         done = torch.zeros_like(labels)
         for step in range(steps + 1):
             if step in keep: frames.append(x)
-            x = x.requires_grad_()
+            x = x.detach().requires_grad_() # the frame asks for no gradient
             with torch.enable_grad():
                 energy = joint_energy(frozen(x), labels)
                 if step < steps: gradient, = torch.autograd.grad(energy.sum(), x)

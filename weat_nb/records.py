@@ -92,6 +92,23 @@ def _order(record:Mapping[str, Any])->tuple:
     objective = _training(record).get('objective')
     return (record['data']['dataset'], record['model']['arch'], _OBJECTIVES.index(objective) if objective in _OBJECTIVES else -1, record['model']['name'], _training(record).get('seed', 0))
 
+def _ball(record:Mapping[str, Any])->list[float|None]: # of all its attacks
+    "Radius and PGD step of an evaluation"
+    return [next((r[k] for r in record['results'] if k in r), None) for k in ('eps', 'step_size')]
+
+def _whole(records:Sequence[Mapping[str, Any]])->list[Mapping[str, Any]]:
+    "Evaluations of one model in one ball as one record: each attack where it was run on the most images"
+    found:dict[tuple, Any] = {}
+    for i, record in enumerate(records):
+        key = (record['data']['dataset'], record['model'].get('weights_sha256', i), _ball(record)[0])
+        results = {r['attack']: r for r in sorted((*found.get(key, dict(results=[]))['results'], *record['results']), key=lambda r: r['num_images'])}
+        found[key] = {**found.get(key, record), 'results': list(results.values())}
+    return list(found.values())
+
+def _as_in_paper(record:Mapping[str, Any])->bool:
+    "Trained on all images and attacked, in training and evaluation, in the paper's ball"
+    return _training(record).get('num_train') is None and all(eps is not None and abs(eps - 8/255) < 1e-6 for eps in (_training(record).get('eps'), _ball(record)[0]))
+
 def _cell(group:Sequence[Mapping[str, Any]], attack:str)->str|None:
     "Mean and spread of one accuracy over the seeds of a row"
     values = [r['accuracy'] for record in group for r in record['results'] if r['attack'] == attack]
@@ -104,18 +121,18 @@ def measured_table(
 )->Table: # a row for each kind of run
     "Every measured model, seeds together"
     groups:dict[str, list] = {}
-    for record in records:
+    for record in _whole(records):
         training = {k: v for k, v in _training(record).items() if k not in ('seed', 'precision')}
-        groups.setdefault(json.dumps([record['data']['dataset'], record['model']['arch'], training or record['model']['name']], sort_keys=True), []).append(record)
+        groups.setdefault(json.dumps([record['data']['dataset'], record['model']['arch'], _ball(record), training or record['model']['name']], sort_keys=True), []).append(record)
     rows = []
     for group in groups.values():
         training, first, arithmetic = _training(group[0]), group[0], Counter(_training(record).get('precision') for record in group)
         images = {column: '/'.join(map(str, counts)) for a, column in _COLUMNS.items() if (counts := sorted({r['num_images'] for record in group for r in record['results'] if r['attack'] == a}))}
-        rows.append({'data': first['data']['dataset'], 'objective': training.get('objective') or first['model']['name'], 'network': first['model']['arch'], 'epochs': training.get('epochs'), 'seeds': len(group),
+        rows.append({'data': first['data']['dataset'], 'objective': training.get('objective') or first['model']['name'], 'network': first['model']['arch'], 'radius': _ball(first)[0], 'epochs': training.get('epochs'), 'seeds': len(group),
                      **{column: _cell(group, a) for a, column in _COLUMNS.items()},
                      'images': next(iter(images.values())) if len(set(images.values())) == 1 else ', '.join(f'{n} {column}' for column, n in images.items()),
                      'arithmetic': training.get('precision') if len(arithmetic) == 1 else ', '.join(f'{k} ({n})' for k, n in arithmetic.items())})
-    return Table(rows)
+    return Table(rows, digits=3)
 
 def paper_table(
     records:Sequence[Mapping[str, Any]], # of `read_records`
@@ -124,7 +141,7 @@ def paper_table(
     rows = []
     for dataset, numbers in PAPER_RESULTS.items():
         for objective in ('sat', 'trades', 'mart', 'mail_trades', 'weat_nat', 'weat_adv'):
-            group = [r for r in records if r['data']['dataset'] == dataset and r['model']['arch'] == 'resnet18' and _training(r).get('objective') == objective]
+            group = [r for r in _whole(records) if r['data']['dataset'] == dataset and r['model']['arch'] == 'resnet18' and _training(r).get('objective') == objective and _as_in_paper(r)]
             epochs = max((_training(r).get('epochs') or 0 for r in group), default=None)
             group = [r for r in group if (_training(r).get('epochs') or 0) == epochs] # short runs do not stand beside the paper's
             pgd, auto = (f'{v:.2f}' if v else 'not known' for v in numbers.get(objective, (None, None)))

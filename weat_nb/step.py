@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,17 +156,31 @@ class StepConfig:
         return cls(channels_last=bf16 or device == 'cuda', bf16=bf16, graph=device == 'cuda')
 
 # %% ../nbs/10_speed.ipynb #b0bf4bba
+def _without_tf32(read:Callable[[], Any], write:Callable[[Any], Any], exact:Any, newer:Any)->Callable[[], Any]:
+    "Turn one of PyTorch's switches to exact float32; what turns it back. From 2.9 on there are newer switches, and reading an older one is an error where the newer has been used"
+    try:
+        before = read()
+        if before != exact: write(exact)
+        if getattr(newer, 'fp32_precision', 'none') in ('ieee', 'none'): return lambda: None if before == exact else write(before)
+        if before != exact: write(before) # it left the choice to a newer switch above it, which allows less than float32
+    except RuntimeError: pass
+    precision, newer.fp32_precision = newer.fp32_precision, 'ieee'
+    return lambda: setattr(newer, 'fp32_precision', precision)
+
 @contextmanager
 def exact_float32(
     on:bool = True, # False changes nothing
 )->Iterator[None]:
-    "Float32 convolutions in float32 on a GPU, not in TF32, inside the block"
-    flags = torch.backends.cudnn
-    before = flags.allow_tf32
+    "Float32 convolutions and matrix products in float32 on a GPU, not in TF32, inside the block; whichever of PyTorch's switches the caller uses"
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    undo:list[Callable[[], Any]] = []
     try:
-        if on: flags.allow_tf32 = False
+        if on:
+            undo.append(_without_tf32(lambda: cudnn.allow_tf32, partial(setattr, cudnn, 'allow_tf32'), False, getattr(cudnn, 'conv', None)))
+            undo.append(_without_tf32(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, 'highest', matmul))
         yield
-    finally: flags.allow_tf32 = before
+    finally:
+        for back in undo: back()
 
 # %% ../nbs/10_speed.ipynb #25f7a143
 class TrainStep:
@@ -207,9 +223,10 @@ class TrainStep:
             self.checked = True
         for frozen in {fast, exact} if self.exact_start else {fast}: frozen.refresh()
         if start is None: start = starting_point(x, self.eps, start=begin, generator=generator)
-        if not self.config.graph: return self._ascend(x, y, start)
-        key = (x.shape, x.dtype)
-        if key not in self.graphs: self.graphs[key] = self._capture(x, y, start)
+        with exact_float32(not self.config.bf16):
+            if not self.config.graph: return self._ascend(x, y, start)
+            key = (x.shape, x.dtype)
+            if key not in self.graphs: self.graphs[key] = self._capture(x, y, start)
         graph, inputs, x_adv = self.graphs[key]
         for buffer, value in zip(inputs, (x, y, start)): buffer.copy_(value)
         graph.replay()
@@ -261,11 +278,12 @@ class TrainStep:
         if o.attack and x_adv is None: x_adv = self.attack(x, y, generator, start)
         self.model.train()
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.config.bf16):
-            logits = self.model(x.contiguous(memory_format=layout)) if o.needs_clean else None
-            logits_adv = self.model(x_adv.contiguous(memory_format=layout)) if o.needs_adv and x_adv is not None else None
-        loss = o.loss(logits, logits_adv, y, beta=self.beta, weighted=weighted)
-        loss.backward()
+        with exact_float32(not self.config.bf16):
+            with torch.autocast(self.device_type, torch.bfloat16, enabled=self.config.bf16):
+                logits = self.model(x.contiguous(memory_format=layout)) if o.needs_clean else None
+                logits_adv = self.model(x_adv.contiguous(memory_format=layout)) if o.needs_adv and x_adv is not None else None
+            loss = o.loss(logits, logits_adv, y, beta=self.beta, weighted=weighted)
+            loss.backward()
         return loss.detach()
 
 # %% ../nbs/10_speed.ipynb #6b1f0c2e

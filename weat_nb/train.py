@@ -95,7 +95,7 @@ class TrainConfig:
             raise ValueError(f'aux_fraction = {self.aux_fraction:g} needs aux_data, an .npz file of synthesised images')
         if self.aux_data and not Path(self.aux_data).is_file(): raise FileNotFoundError(f'aux_data = {self.aux_data!r}: there is no such file')
         object.__setattr__(self, 'device', resolve_device(self.device))
-        defaults['precision'] = 'bf16' if self.device == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+        defaults['precision'] = 'bf16' if self.device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
         for name, value in defaults.items():
             if getattr(self, name) is None: object.__setattr__(self, name, value)
         if self.aux_fraction and not 1 <= self.aux_images() < self.batch_size:
@@ -358,7 +358,8 @@ def _restore(run:Path, model:nn.Module, optimizer:torch.optim.Optimizer)->tuple[
     part = lambda name: {k.split('.', 1)[1]: v for k, v in tensors.items() if k.startswith(name + '.')}
     model.load_state_dict(part('model'))
     named = dict(model.named_parameters())
-    for name, buffer in part('momentum').items(): optimizer.state[named[name]]['momentum_buffer'] = buffer
+    for name, buffer in part('momentum').items(): # laid out as its parameter is: a fused optimiser needs that
+        optimizer.state[named[name]]['momentum_buffer'] = torch.empty_like(named[name], requires_grad=False).copy_(buffer)
     if is_main(): write_lines(run/'metrics.jsonl', history)
     return history, part('best')
 
