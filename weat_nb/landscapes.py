@@ -348,7 +348,7 @@ def steps_claims(
             going = torch.cat([sign*m[1:].diff() > 0 for m in means.values()])
             rows.append(dict(claim=f"{label} {verb} with the steps of {dict(ce='PGD', kl='TRADES (KL)')[loss]}, whatever the depth", paper=verb,
                              here='; '.join(f'{n} {m[0]:.2f} natural, {m[1]:.2f} after {counts[1]}, {m[-1]:.2f} after {counts[-1]} steps' for n, m in means.items())
-                                  + f' (nats); {verb} in {int(going.sum())} of {len(going)} intervals', held='no' if not any(ends) else 'yes' if all(ends) and going.all() else 'in part'))
+                                  + f' (nats); from {counts[1]} on it {verb} in {int(going.sum())} of {len(going)} intervals', held='no' if not any(ends) else 'yes' if all(ends) and going.all() else 'in part'))
     return rows
 
 def robustness_claim(
