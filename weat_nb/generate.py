@@ -24,7 +24,7 @@ from .energy import joint_energy
 from .measures import to_pixels
 from .params import suggest
 from .runs import Progress
-from .step import FrozenCopy, StepConfig
+from .step import FrozenCopy, StepConfig, exact_float32
 
 # %% ../nbs/08_generate.ipynb #4e749716
 class ClassPCA:
@@ -183,6 +183,7 @@ class Samples:
     steps_done:Tensor # (N,) steps until the image stopped, or all
     frames:Tensor # (F, N, C, H, W) the images after the steps that were asked for in `keep`
 
+@exact_float32()
 def sgld(
     model:nn.Module, # logits (B, K) from images in [0, 1]; a frozen copy of it is used
     x0:Tensor, # (N, C, H, W) first images in [0, 1]
@@ -252,6 +253,7 @@ def _check_sgld(x0:Tensor, y:Tensor, steps:int, step_size:float, friction:float,
 
 # %% ../nbs/08_generate.ipynb #0faa75db
 @torch.no_grad()
+@exact_float32()
 def class_energies(
     model:nn.Module, # logits from images in [0, 1]
     data:ImageData, # N images with labels
@@ -263,6 +265,7 @@ def class_energies(
     return torch.stack([energy[data.labels.to(device) == k].mean() for k in range(data.num_classes)])
 
 @torch.no_grad()
+@exact_float32()
 def energy_guided(
     model:nn.Module, # logits from images in [0, 1]
     start:Callable[[Tensor, torch.Generator], Tensor], # a `Start`
