@@ -47,8 +47,9 @@ def children():
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
-def test_nothing_is_left():
+def test_nothing_is_left(tmp_path, monkeypatch):
     "After success and while an error is held: no port, no child, the caller's signal handlers, main module, no folder"
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path)) # not the one in which other tests work at the same time
     gc.collect()
     state = lambda: (listening(), children(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.modules['__main__'],
                      [p for p in os.listdir(tempfile.gettempdir()) if p.startswith('weat_nb_')])
