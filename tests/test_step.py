@@ -143,7 +143,7 @@ def test_graph_equals_eager(objective):
 
 def precisions(switch):
     "What convolutions and products are computed in, before, inside and after; in a process of its own, since some switches cannot be turned back"
-    def now(): return [switches.fp32_precision for switches in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
+    def now(): return [s.fp32_precision for s in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
     exec(switch)
     before = now()
     with exact_float32(): inside = now()

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .attacks import attack, pgd
-from .checkpoints import CheckpointError, file_sha256, load_checkpoint
+from .checkpoints import CheckpointError, file_sha256, load_checkpoint, model_tensors
 from .data import DATASETS, ImageData, to_float
 from .guards import GradientMaskingWarning, eval_mode, kept_rng
 from .models import create_model
@@ -127,7 +127,7 @@ def weights_sha256(
 )->str: # 64 hexadecimal digits
     "SHA-256 of the weights and buffers as they are computed with, in the order of names; those that no checkpoint holds, such as the mean of the pixels, included"
     sha = hashlib.sha256()
-    for name, t in sorted({**dict(model.named_buffers()), **model.state_dict()}.items()):
+    for name, t in sorted(model_tensors(model).items()):
         sha.update(f'{name} {t.dtype} {tuple(t.shape)}\n'.encode())
         sha.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

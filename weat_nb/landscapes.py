@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import ascent_loss, attack, pgd_loop, starting_point
-from .checkpoints import load_tensors, save_tensors
+from .checkpoints import load_tensors, model_tensors, save_tensors
 from .data import ImageData, batches
 from .energy import joint_energy, marginal_energy
 from .plots import COLOURS, Table
@@ -114,7 +114,7 @@ def attack_energies(
     "Energies of natural images and of the same images under one attack"
     net, device = FrozenCopy(model), next(model.parameters()).device
     measure = lambda x, y, s: energy_record(net, x, attack(name, net, x, y, eps=eps, seed=s, **options), y)
-    settings = dict(weights=_digest({**dict(model.named_buffers()), **model.state_dict()}), attack=name, eps=eps, seed=seed, **options)
+    settings = dict(weights=_digest(model_tensors(model)), attack=name, eps=eps, seed=seed, **options)
     return over_batches(measure, data.to(device), seed=seed, batch_size=batch_size, folder=folder, settings=settings, progress=progress)
 
 def steps_energies(
@@ -133,7 +133,7 @@ def steps_energies(
     "Energies of many images along one run of PGD"
     net, device = FrozenCopy(model), next(model.parameters()).device
     measure = lambda x, y, s: steps_record(net, x, y, loss=loss, counts=counts, eps=eps, step_size=step_size, generator=torch.Generator(device).manual_seed(s))
-    settings = dict(weights=_digest({**dict(model.named_buffers()), **model.state_dict()}), seed=seed, loss=loss, counts=list(counts), eps=eps, step_size=step_size)
+    settings = dict(weights=_digest(model_tensors(model)), seed=seed, loss=loss, counts=list(counts), eps=eps, step_size=step_size)
     return over_batches(measure, data.to(device), seed=seed, batch_size=batch_size, folder=folder, settings=settings, progress=progress)
 
 def between(

@@ -138,10 +138,10 @@ def paper_table(
     records:Sequence[Mapping[str, Any]], # of `read_records`
 )->Table: # a row for each data set and objective of the paper
     "The paper's table beside the longest runs measured with its network; what has not been measured is wanted"
-    rows = []
+    rows, records = [], [r for r in _whole(records) if r['model']['arch'] == 'resnet18' and _as_in_paper(r)]
     for dataset, numbers in PAPER_RESULTS.items():
         for objective in ('sat', 'trades', 'mart', 'mail_trades', 'weat_nat', 'weat_adv'):
-            group = [r for r in _whole(records) if r['data']['dataset'] == dataset and r['model']['arch'] == 'resnet18' and _training(r).get('objective') == objective and _as_in_paper(r)]
+            group = [r for r in records if r['data']['dataset'] == dataset and _training(r).get('objective') == objective]
             epochs = max((_training(r).get('epochs') or 0 for r in group), default=None)
             group = [r for r in group if (_training(r).get('epochs') or 0) == epochs] # short runs do not stand beside the paper's
             pgd, auto = (f'{v:.2f}' if v else 'not known' for v in numbers.get(objective, (None, None)))
