@@ -208,7 +208,8 @@ def test_records_of_one_model_are_one_row():
                     results=[dict(attack=a, num_images=1000, accuracy=v, **({} if a == 'clean' else dict(eps=eps))) for a, v in accuracies.items()])
     mine = [record('a', 8/255, clean=90., **{'pgd-20': 50.}), record('a', 8/255, clean=90., autoattack=45.), record('a', 2/255, clean=90., autoattack=75.)]
     rows = measured_table(mine)
-    assert [(r['seeds'], r['PGD-20'], r['AutoAttack'], r['radius']) for r in rows] == [(1, '50.0', '45.0', 8/255), (1, None, '75.0', 2/255)]
+    assert [(r['seeds'], r['PGD-20'], r['AutoAttack'], r['data']) for r in rows] == [(1, '50.0', '45.0', 'cifar10, ε = 0.0314'), (1, None, '75.0', 'cifar10, ε = 0.00784')]
+    assert [r['data'] for r in measured_table(mine[:2])] == ['cifar10'] # one ball need not be named
     assert next(r for r in paper_table(mine) if (r['data'], r['objective']) == ('cifar10', 'sat'))['AutoAttack, here'] == '45.0'
 
 

@@ -19,6 +19,7 @@ const images = [...document.images], equations = [...document.querySelectorAll('
 return {broken: images.filter(i => !i.complete || i.naturalWidth == 0).map(i => i.src.slice(0, 80)), images: images.length, figures: document.querySelectorAll('figcaption').length,
         equations: document.querySelectorAll('math[display=block]').length, flat: equations.filter(e => e.getBoundingClientRect().width == 0).length,
         tex: equations.map(e => e.textContent).filter(t => /\\\\\\\\[a-zA-Z]/.test(t)), dangling: [...document.querySelectorAll('a[href^="#"]')].map(a => a.getAttribute('href').slice(1)).filter(id => id && !document.getElementById(decodeURIComponent(id))),
+        unlinked: [...document.querySelectorAll('main p, main li, main td')].map(e => e.textContent).filter(t => /\\]\\([^ )]*ipynb/.test(t)).map(t => t.slice(0, 80)),
         overflow: document.documentElement.scrollWidth - window.innerWidth,
         wide: [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1 && !scrolls(e)).map(e => e.tagName + ': ' + e.textContent.slice(0, 60))}
 """
@@ -61,6 +62,7 @@ def test_links_lead_somewhere(looks):
     broken, found = looks
     assert not broken
     assert not {name: look['wide']['dangling'] for name, look in found.items() if look['wide']['dangling']}
+    assert not {name: look['wide']['unlinked'] for name, look in found.items() if look['wide']['unlinked']} # a name that nbdev links inside a link
 
 
 def test_pages_load(looks):

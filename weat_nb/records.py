@@ -121,18 +121,23 @@ def measured_table(
 )->Table: # a row for each kind of run
     "Every measured model, seeds together"
     groups:dict[str, list] = {}
-    for record in _whole(records):
+    records = _whole(records)
+    radii = {(record['data']['dataset'], radius) for record in records if (radius := _ball(record)[0]) is not None}
+    columns = {a: column for a, column in _COLUMNS.items() if any(r['attack'] == a for record in records for r in record['results'])}
+    for record in records:
         training = {k: v for k, v in _training(record).items() if k not in ('seed', 'precision')}
         groups.setdefault(json.dumps([record['data']['dataset'], record['model']['arch'], _ball(record), training or record['model']['name']], sort_keys=True), []).append(record)
     rows = []
     for group in groups.values():
         training, first, arithmetic = _training(group[0]), group[0], Counter(_training(record).get('precision') for record in group)
-        images = {column: '/'.join(map(str, counts)) for a, column in _COLUMNS.items() if (counts := sorted({r['num_images'] for record in group for r in record['results'] if r['attack'] == a}))}
-        rows.append({'data': first['data']['dataset'], 'objective': training.get('objective') or first['model']['name'], 'network': first['model']['arch'], 'radius': _ball(first)[0], 'epochs': training.get('epochs'), 'seeds': len(group),
-                     **{column: _cell(group, a) for a, column in _COLUMNS.items()},
+        images = {column: '/'.join(map(str, counts)) for a, column in columns.items() if (counts := sorted({r['num_images'] for record in group for r in record['results'] if r['attack'] == a}))}
+        data, radius = first['data']['dataset'], _ball(first)[0]
+        if radius and sum(name == data for name, _ in radii) > 1: data += f', ε = {radius:.3g}'
+        rows.append({'data': data, 'objective': training.get('objective') or first['model']['name'], 'network': first['model']['arch'], 'epochs': training.get('epochs'), 'seeds': len(group),
+                     **{column: _cell(group, a) for a, column in columns.items()},
                      'images': next(iter(images.values())) if len(set(images.values())) == 1 else ', '.join(f'{n} {column}' for column, n in images.items()),
                      'arithmetic': training.get('precision') if len(arithmetic) == 1 else ', '.join(f'{k} ({n})' for k, n in arithmetic.items())})
-    return Table(rows, digits=3)
+    return Table(rows)
 
 def paper_table(
     records:Sequence[Mapping[str, Any]], # of `read_records`
