@@ -15,7 +15,7 @@ from torch import nn
 
 from record_cw_linf import RECORD, SETTINGS, subject
 from weat_nb import attacks
-from weat_nb.attacks import ATTACKS, ascent_loss, attack, dlr_loss, eval_mode, pgd, pgd_loop, starting_point
+from weat_nb.attacks import ATTACKS, ascent_direction, ascent_loss, attack, dlr_loss, eval_mode, pgd, pgd_loop, projection, starting_point
 from weat_nb.carlini_wagner import cw_l2, cw_linf
 from weat_nb.guards import GradientMaskingWarning
 
@@ -196,6 +196,14 @@ def test_channels_last_is_kept(net, batch):
 def test_nan_logits_are_an_error(net, batch):
     def broken(x): return net(x) * math.nan
     with pytest.raises(FloatingPointError, match="step 0 of 5"): run(broken, *batch)
+
+@pytest.mark.parametrize("call, message", [
+    (lambda x, y: projection(x, .1, "Linf"), "norm='Linf' is not one of linf, l2"), (lambda x, y: ascent_direction(x, "l1"), "norm='l1'"),
+    (lambda x, y: starting_point(x, .1, start="unifrom"), "did you mean 'uniform'"), (lambda x, y: starting_point(x, .1, "L2"), "norm='L2'"),
+    (lambda x, y: ascent_loss("KL", y), "did you mean 'kl'"),
+])
+def test_parts_refuse_unknown_names(batch, call, message):
+    with pytest.raises(ValueError, match=message): call(*batch)
 
 BAD = [
     (dict(x=[1.]), TypeError, "must be a tensor"),
@@ -416,6 +424,7 @@ def test_too_few_classes(net, right, name):
     ("cw-linf", dict(decrease_factor=1), ValueError, "decrease_factor=1"),
     ("cw-linf", dict(const_factor=1), ValueError, "const_factor=1"),
     ("cw-linf", dict(initial_const=0), ValueError, "initial_const=0"),
+    ("cw-linf", dict(initial_const=2.), ValueError, "no price would be tried"),
 ])
 def test_bad_requests(net, right, name, options, error, message):
     with pytest.raises(error, match=message): attack(name, net, *right, **options)

@@ -16,9 +16,9 @@ from test_bad_parameters import page
 from torch import nn
 
 from weat_nb.data import ImageData, load_dataset, to_float
-from weat_nb.evaluate import EvaluationWarning, attack_batch, evaluate, hardware, load_model, weights_sha256
+from weat_nb.evaluate import EvaluationWarning, _result, attack_batch, evaluate, hardware, load_model, weights_sha256
 from weat_nb.models import create_model
-from weat_nb.records import measured_table, paper_table, read_records
+from weat_nb.records import measured_table, paper_table, read_records, record_rows
 from weat_nb.runs import lock_file
 
 root = Path(__file__).parent.parent
@@ -203,14 +203,25 @@ def test_the_gpu_is_named_where_it_computes(monkeypatch):
 
 def test_records_of_one_model_are_one_row():
     "Its attacks may come from several evaluations; another ball is another row, and not the paper's"
-    def record(weights, eps, **accuracies):
-        return dict(model=dict(name=weights, arch='resnet18', weights_sha256=weights, training=dict(objective='sat', eps=8/255, epochs=100, seed=0, precision='bf16')), data=dict(dataset='cifar10'),
+    def record(weights, eps, split='test', **accuracies):
+        return dict(model=dict(name=weights, arch='resnet18', weights_sha256=weights, training=dict(objective='sat', eps=8/255, epochs=100, seed=0, precision='bf16')), data=dict(dataset='cifar10', split=split),
                     results=[dict(attack=a, num_images=1000, accuracy=v, **({} if a == 'clean' else dict(eps=eps))) for a, v in accuracies.items()])
     mine = [record('a', 8/255, clean=90., **{'pgd-20': 50.}), record('a', 8/255, clean=90., autoattack=45.), record('a', 2/255, clean=90., autoattack=75.)]
     rows = measured_table(mine)
     assert [(r['seeds'], r['PGD-20'], r['AutoAttack'], r['data']) for r in rows] == [(1, '50.0', '45.0', 'cifar10, ε = 0.0314'), (1, None, '75.0', 'cifar10, ε = 0.00784')]
     assert [r['data'] for r in measured_table(mine[:2])] == ['cifar10'] # one ball need not be named
+    mine.append(record('a', 8/255, 'train', clean=99., **{'pgd-20': 80.}))
+    assert [(r['data'], r['PGD-20']) for r in measured_table(mine)][-1] == ('cifar10, train images, ε = 0.0314', '80.0') # and no part of the others
     assert next(r for r in paper_table(mine) if (r['data'], r['objective']) == ('cifar10', 'sat'))['AutoAttack, here'] == '45.0'
+
+
+def test_cw_that_breaks_every_image():
+    "Without a radius nothing is left: exactly 0, whatever the number of images that were right before"
+    for n in range(1001):
+        clean = torch.arange(1000) < n
+        entry = dict(settings=dict(num_images=1000), batch_size=1000, batches={'cw/0': dict(seconds=1., distances=[.1]*n)})
+        result = _result('cw', entry, {'cw': torch.zeros(1000, dtype=torch.bool)}, clean)
+        assert result['accuracy_any_distance'] == 0 and len(record_rows(dict(results=[result]))) == 2
 
 
 def test_state_takes_more_attacks(tmp_path, monkeypatch):
@@ -326,6 +337,7 @@ def test_bare_weights(ending, tmp_path):
     assert about['name'] == f'{tmp_path.name}/weights{ending}' and dataset == 'fashion_mini'
     with pytest.raises(ValueError, match='does not hold the weights of resnet20'): load_model(path, arch='resnet20', dataset='fashion_mini')
     with pytest.raises(ValueError, match='name the dataset'): load_model(path, arch='resnet8')
+    with pytest.raises(ValueError, match="did you mean 'cifar10'"): load_model(path, arch='resnet8', dataset='cifar11')
     with pytest.raises(ValueError, match='mean and std belong to bare weights'): load_model('fashion_mini-sat-resnet8', mean=[.5], std=[.5])
     with pytest.raises(FileNotFoundError): load_model(tmp_path/f'nothing{ending}', arch='resnet8', dataset='fashion_mini')
 

@@ -150,6 +150,7 @@ def test_class_energies():
     data, model = two_class_data(), nn.Sequential(nn.Flatten(), nn.Linear(36, 2)).requires_grad_(False)
     logits = model(to_float(data.images))
     assert torch.allclose(class_energies(model, data, batch_size=70), torch.stack([-logits[:200, 0].mean(), -logits[200:, 1].mean()]), atol=1e-5)
+    with pytest.raises(ValueError, match='has no image in'): class_energies(model, data[:200])
 
 
 # SGLD
@@ -243,7 +244,7 @@ def test_stopping(robust):
     (dict(steps=1.5), 'steps = 1.5'), (dict(steps=-1), 'steps = -1'), (dict(step_size=0), 'step_size = 0'), (dict(step_size=math.nan), 'step_size = nan'), (dict(friction=1), 'friction = 1 .*below 1'),
     (dict(noise_std=-.1), 'noise_std = -0.1'), (dict(generator=None), 'noise_std = 0.001 needs a generator'), (dict(keep=(3,)), r'keep = \(3,\).*from 0 to 2'), (dict(batch_size=0), 'batch_size = 0'),
     (dict(y=torch.arange(3)), r'y must be int64 \(2,\)'), (dict(y=torch.zeros(2)), 'y must be int64'), (dict(y=torch.tensor([0, 10])), 'y must lie in 0..9'), (dict(x0=torch.rand(2, 1, 28, 28) + 1), r'\[0, 1\]'),
-    (dict(x0=torch.zeros(2, 1, 28, 28, dtype=torch.uint8)), 'to_float'), (dict(stop_energy=torch.zeros(3)), r'stop_energy must be float32 \(2,\)'), (dict(config=StepConfig(graph=True)), 'graph=True is for the training step'),
+    (dict(x0=torch.zeros(2, 1, 28, 28, dtype=torch.uint8)), 'to_float'), (dict(stop_energy=torch.zeros(3)), r'stop_energy must be float32 \(2,\)'), (dict(stop_energy=torch.tensor([0, math.nan])), 'stop_energy holds NaN'), (dict(config=StepConfig(graph=True)), 'graph=True is for the training step'),
 ], ids=lambda v: "-".join(v) if isinstance(v, dict) else str(v)[:30])
 def test_sgld_errors(change, message, robust):
     given = dict(x0=torch.full((2, 1, 28, 28), .5), y=torch.arange(2), steps=2, step_size=.05, friction=.5, noise_std=.001, generator=seeded()) | change

@@ -175,6 +175,22 @@ def test_steps_claims(means, held):
     assert [r['held'] for r in both] == ['yes' if held == 'yes' else 'in part']*2 and 'c 0.00 natural, 1.00 after 1, -3.00 after 3 steps' in both[0]['here']
 
 
+def test_claims_count_every_model():
+    "Two checkpoints of one folder have one short name"
+    rows = steps_claims({('runs/a/best.safetensors', 'ce'): study(0., -1, -2, -3), ('runs/a/last.safetensors', 'ce'): study(0., 1, 2, 3)}, (0, 1, 2, 3))
+    assert [r['held'] for r in rows] == ['in part']*2 and 'in 4 of 6 intervals' not in rows[0]['here'] and 'in 2 of 4 intervals' in rows[0]['here']
+
+
+def test_an_attack_that_cannot_move_is_no_robustness(data):
+    "Finite logits, but no slope: the images would stay where they are"
+    class Root(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(784, 10)
+        def forward(self, x): return self.linear(x.flatten(1)) + (0*x).sum((1, 2, 3)).sqrt()[:, None]
+    with pytest.raises(FloatingPointError, match='NaN or infinite in step 0 of 5'): steps_energies(Root(), data, 'ce', (0, 1, 5), eps=EPS, step_size=.02)
+
+
 def test_robustness_claim():
     still, moved = record(correct=.5), record(move=-3, joint=9)
     still |= {k: still[k]*.1 for k in ('delta_energy', 'delta_joint')}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from weat_nb.checkpoints import CheckpointError, save_checkpoint
 from weat_nb.data import load_dataset, to_float
+from weat_nb.evaluate import load_model
 from weat_nb.models import create_model
 from weat_nb.pretrained import PUBLIC_MODELS, load_pretrained, load_weights, model_folders, pretrained_names, pretrained_note, publish_model
 
@@ -75,6 +76,20 @@ def test_from_an_address(address, cache):
     again = load_pretrained('mine', root=address)
     with torch.no_grad(): torch.testing.assert_close(first(x), again(x), rtol=0, atol=0)
     assert len(list(cache.rglob('mine.*'))) == 2
+    model, about, dataset = load_model('mine', root=address)
+    with torch.no_grad(): assert torch.equal(model(x), first(x))
+    assert dataset == 'fashion_mini' and about['file_sha256'] == pretrained_note('mine', address)[1]['sha256']
+
+
+def test_a_public_network_is_looked_for_where_it_is_published(address, cache, monkeypatch):
+    "An address holds the caller's own networks and is no folder"
+    asked = []
+    def download(url, path, sha256):
+        asked.append((url, path))
+        raise ConnectionError
+    monkeypatch.setattr('weat_nb.pretrained.download', download)
+    with pytest.raises(ConnectionError): load_pretrained('cifar10-standard-resnet20', root=address)
+    assert asked[0][0].startswith('https://github.com/') and asked[0][1].is_relative_to(cache)
 
 
 def test_an_address_that_sends_something_else(address, published, cache):
@@ -97,9 +112,9 @@ def test_unknown_name(published):
 def test_callers_folder_comes_first(published): assert model_folders(published)[0] == published
 
 
-@pytest.mark.parametrize('name', ['', 'a/b', 'a:b'])
-def test_bad_name_to_publish(name, published):
-    with pytest.raises(ValueError, match='plain file name'): publish_model(published.parent/'run', name, published)
+@pytest.mark.parametrize('name, message', [('', 'plain file name'), ('a/b', 'plain file name'), ('a:b', 'plain file name'), ('cifar10-standard-resnet20', 'a public network is called that')])
+def test_bad_name_to_publish(name, message, published):
+    with pytest.raises(ValueError, match=message): publish_model(published.parent/'run', name, published)
 
 
 def test_wrong_architecture(tmp_path):

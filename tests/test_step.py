@@ -75,6 +75,65 @@ def test_a_model_of_ones_own():
     assert TrainStep(model, 'weat_adv', **RADII)(x, y).isfinite()
 
 
+def conv(): return nn.Conv2d(3, 3, 3, padding=1)
+def bn(): return nn.BatchNorm2d(3)
+def block(): return nn.Sequential(conv(), bn(), nn.ReLU())
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        for layer in self: x = 2*layer(x)
+        return x
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x): return self._conv_forward(x, self.weight/self.weight.std(), self.bias)
+
+
+def relu_twice():
+    act = nn.ReLU()
+    return nn.Sequential(conv(), act, bn(), conv(), act, bn()), 0
+
+
+def one_block_twice():
+    body = block()
+    return nn.Sequential(body, body), 2
+
+
+def one_weight_twice():
+    model = nn.Sequential(block(), block())
+    model[1][0].weight = model[0][0].weight
+    return model, 2
+
+
+def hooked():
+    model = block()
+    model[0].register_forward_hook(lambda module, args, out: 2*out)
+    return model, 0
+
+
+def one_convolution_twice():
+    first = conv()
+    return nn.Sequential(first, bn(), first, bn()), 0
+
+
+@pytest.mark.parametrize('build', [relu_twice, one_block_twice, one_weight_twice, one_convolution_twice, hooked, lambda: (Doubled(conv(), bn()), 0), lambda: (nn.Sequential(Standardised(3, 3, 3), bn()), 0)])
+def test_folding_leaves_any_model_as_it_is(build):
+    "What is used twice, hooked or of a class of its own is folded where that changes nothing only"
+    torch.manual_seed(0)
+    body, folded = build()
+    model = nn.Sequential(body, nn.Flatten(), nn.LazyLinear(10)).double()
+    x, _ = images(dtype=torch.float64)
+    for _ in range(3): model(x)
+    frozen = FrozenCopy(model)
+    with torch.no_grad():
+        assert torch.allclose(frozen(x), model.eval()(x), atol=1e-10)
+        for p in model.parameters(): p.mul_(1.1)
+        frozen.refresh()
+        assert torch.allclose(frozen(x), model(x), atol=1e-9)
+    assert sum(isinstance(m, nn.Identity) for *_, m in frozen.model.named_modules(remove_duplicate=False)) == folded
+
+
 @pytest.mark.parametrize('objective', ['weat_adv', 'sat', 'mart'])
 def test_same_attack_same_loss_same_gradients(objective):
     x, y = images(dtype=torch.float64)

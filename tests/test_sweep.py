@@ -235,7 +235,7 @@ def test_slurm_reports_and_skips(slurm, quick, sweep, capsys):
     assert len(list(Path('runs/grid/slurm').glob('*_submission.sh'))) == 1
 
 
-def test_slurm_stops_and_goes_on(slurm, sweep):
+def test_slurm_stops(slurm, sweep):
     grid = sweep('grid: {value: [3, 6]}\nparameters: {seconds: 600}')
     process = start(grid, '--slurm', '--jobs', '1')
     pid = int(wait_for(lambda: [p.read_text() for p in Path('runs').glob('*/*/*/pid')], what='a kernel')[0])
@@ -249,7 +249,7 @@ def test_slurm_and_local_give_the_same_table(slurm, quick, tmp_path, monkeypatch
     "Two trainings, with either"
     for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): monkeypatch.setenv(name, '1')
     notebook(tmp_path/'train.ipynb', 'objective: str = "sat"\nrun_dir: str = None',
-             "from weat_nb.train import TrainConfig, fit\nfit(TrainConfig(objective=objective, epochs=1, num_train=256, num_val=100, attack_steps=1, device='cpu'), run_dir)")
+             "from weat_nb.train import TrainConfig, fit\nfit(TrainConfig(objective=objective, epochs=1, num_train=64, num_val=8, batch_size=32, attack_steps=1, device='cpu'), run_dir)")
     (tmp_path/'grid.yaml').write_text('notebook: train.ipynb\ngrid: {objective: [standard, weat_adv]}\n')
     for way, options in (('local', ['--jobs', '2']), ('slurm', ['--slurm', 'cpus_per_task=1', 'time=10'])): assert main([str(tmp_path/'grid.yaml'), '--out', str(tmp_path/way), *options]) == 0
     tables = [(tmp_path/way/'summary.csv').read_text() for way in ('local', 'slurm')]

@@ -1,8 +1,6 @@
 """Proposition 1 and Corollary 1 against 60-digit arithmetic, and what the chapter's examples leave open."""
 
 import math
-import subprocess
-import sys
 
 import mpmath
 import pytest
@@ -132,13 +130,3 @@ def test_mismatched_images_are_refused():
             trades_energy(z, bad, y, 6)
     with pytest.raises(ValueError, match=r"y must have shape \(4,\)"):
         trades_energy(z, z_adv, y[:1], 6)
-
-
-def test_import_leaves_sympy_and_plots_out():
-    "Only what torch itself loads may be there: some versions of torch load SymPy"
-
-    def loaded(modules):
-        code = f"import sys, {modules}; print(sorted({{'sympy', 'matplotlib', 'torchvision'}} & set(sys.modules)))"
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-
-    assert loaded("weat_nb.trades_ebm") == loaded("torch")

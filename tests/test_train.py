@@ -13,12 +13,12 @@ import torch
 
 import weat_nb.train as train
 from weat_nb.checkpoints import load_checkpoint, load_tensors
-from weat_nb.data import load_dataset
+from weat_nb.data import load_dataset, to_float
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
 from weat_nb.train import NonFiniteError, TrainConfig, fit, training_data
 
-TINY = dict(num_train=128, num_val=20, attack_steps=2, batch_size=64, device='cpu')
+TINY = dict(num_train=64, num_val=4, attack_steps=1, batch_size=32, device='cpu')
 
 
 @pytest.fixture(autouse=True)
@@ -73,11 +73,11 @@ def test_a_restored_momentum_lies_as_its_weights(tmp_path):
 def test_two_processes_train_as_one(tmp_path):
     "Synchronised batch normalisation and shares of one batch: the same run up to rounding, which training amplifies"
     config = TrainConfig(epochs=1, **TINY)
-    one, two = [fit(config, tmp_path/name, num_processes=n, snapshots=[0, 1], snapshot_images=20) for name, n in (('one', 1), ('two', 2))]
+    one, two = [fit(config, tmp_path/name, num_processes=n, snapshots=[0, 1], snapshot_images=10) for name, n in (('one', 1), ('two', 2))]
     assert one.history[0]['loss'] == pytest.approx(two.history[0]['loss'], rel=1e-4)
     assert one.history[0]['energy_nat_mean'] == pytest.approx(two.history[0]['energy_nat_mean'], abs=1e-2)
     assert {p.relative_to(tmp_path/'one') for p in (tmp_path/'one').rglob('*')} == {p.relative_to(tmp_path/'two') for p in (tmp_path/'two').rglob('*')}
-    with pytest.raises(ValueError, match='batch_size = 64 cannot be shared equally by 3 processes'): fit(config, tmp_path/'three', num_processes=3)
+    with pytest.raises(ValueError, match='batch_size = 32 cannot be shared equally by 3 processes'): fit(config, tmp_path/'three', num_processes=3)
 
 
 def children(pid):
@@ -92,9 +92,9 @@ def children(pid):
 
 @pytest.mark.skipif(not Path('/proc').exists(), reason='looks for processes in /proc')
 def test_a_killed_worker_does_not_lose_the_run(tmp_path):
-    config, options = TrainConfig(epochs=3, **TINY), f'TrainConfig(epochs=3, **{TINY!r})'
-    script = f"from weat_nb.train import TrainConfig, fit; fit({options}, {str(tmp_path/'run')!r}, num_processes=2)"
-    process = subprocess.Popen([sys.executable, '-c', script], env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    given = dict(epochs=3, num_train=128, num_val=20, attack_steps=2, batch_size=64, device='cpu') # epochs long enough to be met in their middle
+    script = f"from weat_nb.train import TrainConfig, fit; fit(TrainConfig(**{given!r}), {str(tmp_path/'run')!r}, num_processes=2)"
+    with open(tmp_path/'said', 'w') as said: process = subprocess.Popen([sys.executable, '-c', script], env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL, stderr=said)
     deadline = time.monotonic() + 120
     while len(train.read_lines(tmp_path/'run/metrics.jsonl')) < 1:
         assert process.poll() is None and time.monotonic() < deadline
@@ -102,7 +102,8 @@ def test_a_killed_worker_does_not_lose_the_run(tmp_path):
     workers = [p for p in children(process.pid) if b'spawn_main' in Path(f'/proc/{p}/cmdline').read_bytes()]
     os.kill(workers[-1], signal.SIGKILL)
     assert process.wait(timeout=200) == 0
-    assert [h['epoch'] for h in fit(config, tmp_path/'run').history] == [1, 2, 3]
+    assert 'a process was lost; all 2 start again' in (tmp_path/'said').read_text()
+    assert [h['epoch'] for h in fit(TrainConfig(**given), tmp_path/'run').history] == [1, 2, 3]
 
 
 def test_stopped_between_state_and_metrics(tmp_path, monkeypatch):
@@ -122,7 +123,7 @@ def test_stopped_between_state_and_metrics(tmp_path, monkeypatch):
 def test_snapshots(tmp_path, monkeypatch):
     "They change nothing, a run stopped between snapshot and state has the same ones as one that was not, byte for byte, and what can no longer be taken is refused"
     config, epochs = TrainConfig(epochs=2, **TINY), (0, 1, 2)
-    plain, whole = fit(config, tmp_path/'plain'), fit(config, tmp_path/'whole', snapshots=epochs, snapshot_images=40)
+    plain, whole = fit(config, tmp_path/'plain'), fit(config, tmp_path/'whole', snapshots=epochs, snapshot_images=10)
     assert plain.history == whole.history and not (tmp_path/'plain/snapshots').exists()
     assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), whole.model.state_dict().values()))
 
@@ -130,8 +131,8 @@ def test_snapshots(tmp_path, monkeypatch):
     for done in range(2): # once in each epoch
         with monkeypatch.context() as patch:
             patch.setattr(train, '_commit' if done else 'check_finite', fail)
-            with pytest.raises(KeyboardInterrupt): fit(config, tmp_path/'stopped', snapshots=epochs, snapshot_images=40)
-    fit(config, tmp_path/'stopped', snapshots=epochs, snapshot_images=40)
+            with pytest.raises(KeyboardInterrupt): fit(config, tmp_path/'stopped', snapshots=epochs, snapshot_images=10)
+    fit(config, tmp_path/'stopped', snapshots=epochs, snapshot_images=10)
     files = [train.snapshot_file(tmp_path/'whole', e) for e in epochs]
     assert sorted((tmp_path/'stopped/snapshots').iterdir()) == [train.snapshot_file(tmp_path/'stopped', e) for e in epochs]
     for file in files: assert file.read_bytes() == (tmp_path/'stopped/snapshots'/file.name).read_bytes()
@@ -145,9 +146,9 @@ def test_snapshots(tmp_path, monkeypatch):
     assert all(torch.equal(again[k], tensors[k]) for k in again)
 
     with pytest.raises(ValueError, match='epoch 0 was not taken.*already at epoch 2'): fit(config, tmp_path/'plain', snapshots=epochs)
-    assert fit(config, tmp_path/'plain', snapshots=[2], snapshot_images=40).history == plain.history # the state is that of epoch 2
+    assert fit(config, tmp_path/'plain', snapshots=[2], snapshot_images=10).history == plain.history # the state is that of epoch 2
     assert train.snapshot_file(tmp_path/'plain', 2).read_bytes() == files[2].read_bytes()
-    with pytest.raises(ValueError, match='holds 40 images, not the 30'): fit(config, tmp_path/'whole', snapshots=epochs, snapshot_images=30)
+    with pytest.raises(ValueError, match='holds 10 images, not the 8'): fit(config, tmp_path/'whole', snapshots=epochs, snapshot_images=8)
     with pytest.raises(ValueError, match='there is no epoch 3'): fit(config, tmp_path/'new', snapshots=[3])
     with pytest.raises(ValueError, match='snapshot_images = 0'): fit(config, tmp_path/'new', snapshots=[1], snapshot_images=0)
     assert not (tmp_path/'new').exists()
@@ -179,10 +180,10 @@ def test_not_finite_stops_and_keeps_the_last_state(tmp_path, monkeypatch):
 
 
 def test_divergence_says_where(tmp_path):
-    with pytest.raises(NonFiniteError, match='epoch 1, update 2 of 2.*lower lr'):
+    with pytest.raises(NonFiniteError, match='epoch 1, update 2 of 2.*Lower lr'):
         fit(TrainConfig(epochs=1, lr=1e30, **TINY), tmp_path/'in_an_epoch')
-    with pytest.raises(NonFiniteError, match='held-out images after epoch 1.*lower lr'):
-        fit(TrainConfig(epochs=1, objective='standard', lr=1e38, **{**TINY, 'batch_size': 128}), tmp_path/'in_its_last_update')
+    with pytest.raises(NonFiniteError, match='held-out images after epoch 1.*Lower lr'):
+        fit(TrainConfig(epochs=1, objective='standard', lr=1e38, **{**TINY, 'batch_size': 64}), tmp_path/'in_its_last_update')
     assert not (tmp_path/'in_its_last_update/state.safetensors').exists()
 
 
@@ -206,10 +207,13 @@ def test_synthesised_images_select_and_train(tmp_path):
     assert (len(images), len(held_out), aux) == (full, 100, None)
     config = TrainConfig(aux_data=file, aux_fraction=.5, epochs=1, **TINY)
     images, held_out, aux = training_data(config)
-    assert (len(images), len(held_out), len(aux)) == (128, 20, 280)
+    assert (len(images), len(held_out), len(aux)) == (64, 4, 296)
     x, y = next(train.epoch_batches(images, aux, config, torch.Generator().manual_seed(0)))
     assert len(x) == len(y) == config.batch_size
-    assert len(train.fit(config, tmp_path/'run').history) == 1
+    assert train.fit(config, tmp_path/'run').history[0]['updates'] == train.training_cost(config)['updates']
+    whole = TrainConfig(aux_data=file, aux_fraction=.5, num_val=50, batch_size=64)
+    images, _, aux = training_data(whole)
+    assert train.training_cost(whole)['updates'] == whole.epochs*len(list(train.epoch_batches(images, aux, whole, torch.Generator())))
     with pytest.raises(ValueError, match='holds images of shape'): training_data(TrainConfig(aux_data=synthesised(tmp_path/'big.npz', size=32)))
     with pytest.raises(ValueError): training_data(TrainConfig(aux_data=synthesised(tmp_path/'more.npz', classes=11)))
     with pytest.raises(ValueError, match='aux_fraction'): TrainConfig(aux_fraction=.5)
@@ -221,6 +225,14 @@ def test_synthesised_images_are_known_by_their_content(tmp_path):
     file, same, other = (synthesised(tmp_path/f'{name}.npz', n=n) for name, n in (('a', 300), ('b', 300), ('c', 310)))
     names = [train.run_name(TrainConfig(aux_data=f)) for f in (file, same, other)]
     assert names[0] == names[1] != names[2]
+    os.replace(other, file)
+    assert train.run_name(TrainConfig(aux_data=file)) == names[2] # what it holds now
+
+
+def test_synthesised_images_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    synthesised(tmp_path/'aux.npz')
+    assert TrainConfig(aux_data='~/aux.npz').identity()['aux_data'].startswith('sha256:')
 
 
 def test_damaged_data_leaves_no_folder(tmp_path):
@@ -238,6 +250,22 @@ def test_wrong_data_leaves_no_folder(tmp_path):
     assert not (tmp_path/'run').exists()
 
 
+@pytest.mark.parametrize('how, message', [(dict(num_processes=0), 'num_processes = 0'), (dict(num_nodes=2), 'needs rdzv_endpoint'), (dict(num_nodes=0), 'num_nodes = 0'), (dict(node_rank=1), 'node_rank = 1')])
+def test_wrong_launch_leaves_no_folder(how, message, tmp_path):
+    with pytest.raises(ValueError, match=message): fit(TrainConfig(**TINY), tmp_path/'run', **how)
+    assert not (tmp_path/'run').exists()
+
+
+def test_what_is_not_finite():
+    model = torch.nn.Linear(2, 1)
+    train.check_finite(model, torch.tensor(1.), 'here') # no gradients yet
+    model.weight.grad = torch.full((1, 2), 3e38) # finite, their norm is not
+    train.check_finite(model, torch.tensor(1.), 'here')
+    model.bias.grad = torch.tensor([float('nan')])
+    with pytest.raises(NonFiniteError, match='here: the loss is 1.0; the gradient of bias and 0 more'): train.check_finite(model, torch.tensor(1.), 'here')
+    with pytest.raises(NonFiniteError, match='the loss is inf'): train.check_finite(torch.nn.Linear(2, 1), torch.tensor(float('inf')), 'here')
+
+
 def test_checkpoint_of_another_architecture(tmp_path):
     fit(TrainConfig(epochs=1, **TINY), tmp_path)
     with pytest.raises(ValueError, match='resnet8.*resnet20'): load_checkpoint(tmp_path/'best.safetensors', create_model('resnet20', 10, 1, 28))
@@ -251,6 +279,9 @@ def test_config_file_has_the_parameters_names(tmp_path):
 
 @pytest.mark.skipif('WEAT_DATA' not in os.environ, reason='needs the real CIFAR-10 in $WEAT_DATA')
 def test_real_cifar10(tmp_path):
-    "A few updates on real images: train, checkpoint, resume, measure"
-    result = fit(TrainConfig(dataset='cifar10', arch='resnet8', epochs=2, num_train=128, num_val=50, batch_size=32, device='cpu'), tmp_path)
-    assert result.history[1]['updates'] == 8 and 0 <= result.history[1]['pgd'] <= result.history[1]['clean'] <= 100
+    "A few updates on real images: train, resume, measure; what is kept is what was returned"
+    config = TrainConfig(dataset='cifar10', arch='resnet8', epochs=2, num_train=128, num_val=20, attack_steps=1, batch_size=32, device='cpu')
+    result = fit(config, tmp_path)
+    assert result.history[1]['updates'] == 8 and fit(config, tmp_path).taken_up == 2
+    x = to_float(training_data(config)[1].images)
+    with torch.no_grad(): assert torch.equal(load_checkpoint(tmp_path/'best.safetensors')[0](x), result.model(x))

@@ -148,6 +148,7 @@ def cw_linf(
     "Small ℓ∞ perturbation that changes the answer (Carlini & Wagner 2017, Section VI.C, as the paper evaluates it)"
     _check_counts(steps=steps)
     _check_numbers(initial_const=initial_const, largest_const=largest_const, lr=lr)
+    if not initial_const < largest_const: raise ValueError(f"initial_const={initial_const!r} must be below largest_const={largest_const!r}: no price would be tried")
     if not 0 < decrease_factor < 1: raise ValueError(f"decrease_factor={decrease_factor!r} must lie between 0 and 1")
     if not 1 < const_factor < math.inf: raise ValueError(f"const_factor={const_factor!r} must exceed 1")
     if not 0 <= confidence < math.inf: raise ValueError(f"confidence={confidence!r} must be a finite number, 0 or more")

@@ -9,6 +9,7 @@ __all__ = ['DATASETS', 'ImageData', 'DatasetSpec', 'load_dataset', 'to_float', '
            'split_holdout', 'load_images']
 
 # %% ../nbs/parts/data.ipynb #1d4920b1
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +58,10 @@ class ImageData:
     )->'ImageData':
         "The same data on another device"
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def sha256(self)->str: # 64 hexadecimal digits
+        "SHA-256 of images and labels, wherever they lie"
+        return hashlib.sha256(self.images.cpu().numpy().tobytes() + self.labels.cpu().numpy().tobytes()).hexdigest()
 
     @property
     def num_classes(self)->int:

@@ -6,7 +6,7 @@ Docs: https://weat-nb.github.io/weat_nb/parts/distributed.html.md"""
 
 # %% auto #0
 __all__ = ['rank', 'world_size', 'is_main', 'barrier', 'all_mean', 'my_share', 'data_parallel', 'SyncBatchNorm2d',
-           'synchronise_batchnorm', 'WorkerError', 'launch']
+           'synchronise_batchnorm', 'WorkerError', 'launch', 'check_launch']
 
 # %% ../nbs/parts/distributed.ipynb #918a85d2
 import gc
@@ -234,7 +234,8 @@ def launch(
     device:str = 'cpu', # cpu: the processes talk through gloo; cuda: nccl, one GPU each
 )->Any: # what process 0 returned, a JSON value; None on other machines than 0
     "Run a function in many processes that can talk to each other, and start all again when one is killed"
-    _check_launch(num_processes, num_nodes, node_rank, rdzv_endpoint, max_restarts, device)
+    check_launch(num_processes, num_nodes, node_rank, rdzv_endpoint, device)
+    if max_restarts < 0: raise ValueError(f'max_restarts = {max_restarts} is not allowed: it must be at least 0')
     _function(function)
     text, results, error, received = json.dumps(list(args)), {}, None, None
     with tempfile.TemporaryDirectory(prefix='weat_nb_') as folder:
@@ -262,18 +263,22 @@ def _gave_up(failed:ChildFailedError, max_restarts:int)->WorkerError:
     else: what = 'lost another one' if isinstance(failure.message, dict) else f'ended with exit code {failure.exitcode}'
     return WorkerError(f'process {number} {what}, and there were {max_restarts} restarts already; is memory short?')
 
-def _check_launch(
-    num_processes:int, num_nodes:int, node_rank:int, rdzv_endpoint:str|None, max_restarts:int, device:str)->None:
+def check_launch(
+    num_processes:int, # of `launch`, like the others
+    num_nodes:int,
+    node_rank:int,
+    rdzv_endpoint:str|None,
+    device:str, # where the processes compute: one process may compute anywhere
+)->None:
     "Refuse what could only end in waiting"
     gpus = torch.cuda.device_count() if device == 'cuda' else num_processes
     for wrong, message in (
         (num_processes < 1, f'num_processes = {num_processes} is not allowed: it must be at least 1'),
         (num_nodes < 1, f'num_nodes = {num_nodes} is not allowed: it must be at least 1'),
         (not 0 <= node_rank < num_nodes, f'node_rank = {node_rank} is not allowed: it counts from 0 to num_nodes - 1'),
-        (max_restarts < 0, f'max_restarts = {max_restarts} is not allowed: it must be at least 0'),
         (num_nodes > 1 and not rdzv_endpoint,
          f'num_nodes = {num_nodes} needs rdzv_endpoint, host:port of a free port on machine 0'),
-        (device not in ('cpu', 'cuda'), f'device = {device!r} cannot be shared by processes: cpu and cuda can'),
+        (num_processes*num_nodes > 1 and device not in ('cpu', 'cuda'), f'device = {device!r} cannot be shared by processes: cpu and cuda can'),
         (num_processes > gpus,
          f'num_processes = {num_processes} is not allowed: each needs a GPU of its own, and there are {gpus}')):
         if wrong: raise ValueError(message)

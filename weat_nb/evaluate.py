@@ -34,13 +34,13 @@ from . import __version__
 from .attacks import attack, pgd
 from .checkpoints import CheckpointError, file_sha256, load_checkpoint, model_tensors
 from .data import DATASETS, ImageData, to_float
-from .guards import GradientMaskingWarning, eval_mode, kept_rng
+from .guards import GradientMaskingWarning, check_name, eval_mode, kept_rng
 from .models import create_model
 from .params import suggest
 from .plots import Table
 from .pretrained import PUBLIC_MODELS, load_pretrained, load_weights, pretrained_note
 from .records import record_rows, standard_error, suspicions
-from .runs import Progress, lock_file, write_text
+from .runs import Progress, differences, lock_file, write_text
 from .step import exact_float32
 from .train import PROTOCOLS
 
@@ -135,10 +135,6 @@ def weights_sha256(
 # %% ../nbs/09_evaluate.ipynb #1c818402
 _FORMAT = 'weat_nb evaluation 1'
 
-def _differences(there:Mapping[str, Any], here:Mapping[str, Any])->str:
-    "What differs between two flat dictionaries, in words"
-    return ', '.join(f'{k} is {there.get(k)!r} there and {here.get(k)!r} here' for k in {**there, **here} if there.get(k) != here.get(k))
-
 def _open_state(path:str|Path|None, identity:dict[str, Any], settings:dict[str, dict[str, Any]])->dict[str, Any]:
     "A new state, or the one in the file if it is of the same evaluation"
     state:dict[str, Any] = dict(format=_FORMAT, identity=identity, attacks={})
@@ -147,10 +143,10 @@ def _open_state(path:str|Path|None, identity:dict[str, Any], settings:dict[str, 
         try: found = json.loads(file.read_text(encoding='utf-8'))
         except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f'{path} is no state of an evaluation ({e}): name another state') from e
         if not isinstance(found, dict) or found.get('format') != _FORMAT: raise ValueError(f'{path} is no state of an evaluation ({_FORMAT}): name another state')
-        if other := _differences(found['identity'], identity):
+        if other := differences(found['identity'], identity):
             raise ValueError(f'{path} is the state of another evaluation ({other}): name another state, or give the same model, data and settings')
         for name in settings:
-            if name in found['attacks'] and (other := _differences(found['attacks'][name]['settings'], settings[name])):
+            if name in found['attacks'] and (other := differences(found['attacks'][name]['settings'], settings[name])):
                 raise ValueError(f'{path} holds another evaluation of {name} ({other}): name another state, or give the same settings')
         state = found
         for half in file.parent.glob(f'.{file.name}.????????.part'): half.unlink() # a killed writer leaves half a file
@@ -166,7 +162,9 @@ def attack_passes(
 )->dict[str, int]: # part -> forward passes for an image that holds; a gradient counts as one more
     "The parts of an attack, with what each costs an image"
     if name == 'autoattack': return dict(zip(AUTOATTACK, (210, 1850, 2750, 5010)))
-    return {name.split('-')[0]: dict(clean=2, cw=500).get(name) or 2*settings['steps'] + 1}
+    if name == 'clean': return {'clean': 2}
+    if name == 'cw': return {'cw': 500}
+    return {'pgd': 2*settings['steps'] + 1}
 
 def _run_attack(entry:dict[str, Any], batch_size:int|None, start:Tensor, attack_images:Callable, parts:Sequence[str], save:Callable, device:str)->dict[str, Tensor]:
     "Run what is missing of one attack; which images (N,) are left after each of its parts"
@@ -221,7 +219,7 @@ def _result(name:str, entry:Mapping[str, Any], after:Mapping[str, Tensor], clean
     if name == 'clean': out['zero_gradients'] = sum(b['zero_gradients'] for b in batches)
     if name == 'cw':
         distances = [d for b in batches for d in b['distances']]
-        out.update(accuracy_any_distance=percent(clean) - 100*len(distances)/n, median_distance=statistics.median(distances) if distances else None)
+        out.update(accuracy_any_distance=100*(int(clean.sum()) - len(distances))/n, median_distance=statistics.median(distances) if distances else None)
     if name == 'autoattack':
         out['after'] = dict(clean=percent(clean), **{part: percent(left) for part, left in after.items()})
         out['notes'] = list(dict.fromkeys(note for b in batches for note in b.get('notes', ())))
@@ -265,8 +263,7 @@ def evaluate(
     _check(model, data, attacks, batch_size)
     if 'autoattack' in attacks: settings['autoattack']['pyautoattack'] = version('pyautoattack')
     device = next(model.parameters()).device
-    images = hashlib.sha256(data.images.cpu().numpy().tobytes() + data.labels.cpu().numpy().tobytes()).hexdigest()
-    identity = dict(weights_sha256=weights_sha256(model), dataset=data.name, split=split, images_sha256=images, seed=seed, device=device.type, **_versions())
+    identity = dict(weights_sha256=weights_sha256(model), dataset=data.name, split=split, images_sha256=data.sha256(), seed=seed, device=device.type, **_versions())
 
     def work(a:str)->int: return sum(attack_passes(a, settings[a]).values())
     progress = Progress(sum(counts[a]*work(a) for a in attacks), 'evaluation', show=show)
@@ -291,7 +288,7 @@ def evaluate(
                 now, later = list(parts).index(part), attacks[i + 1:]
                 ahead = parts[part]*int(left[indices[0]:].sum()) + sum(list(parts.values())[now + 1:])*int(left.sum())
                 ahead += sum(work(a)*int(correct.get('clean', left)[:counts[a]].sum()) for a in later)
-                _aim(progress, ahead, f'{part} on {len(left)} images, {int(left.sum())} hold')
+                progress.aim(ahead, f'{part} on {len(left)} images, {int(left.sum())} hold')
                 few = data[indices.to(data.images.device)].to(device)
                 found = attack_batch(part, logits, to_float(few.images), few.labels, indices, settings=settings[name], seed=seed)
                 if not finite: raise FloatingPointError(f"the model's logits are NaN or infinite at images that {part} tried: what they are worth as answers is not known, so no accuracy is given")
@@ -299,13 +296,12 @@ def evaluate(
             after = _run_attack(entry, batch_size, clean, attack_images, list(parts), save, device.type)
             correct[name] = list(after.values())[-1]
             results.append(_result(name, entry, after, correct['clean'][:counts[name]]))
-    _aim(progress, 0, 'evaluated')
     progress.close('evaluated: ' + ', '.join(f"{r['attack']} {r['accuracy']:.1f} %" for r in results))
     found = suspicions(results, data.name)
     for text in found: warnings.warn(text, EvaluationWarning, stacklevel=2)
     arch = getattr(model, 'config', {}).get('arch') or type(model).__name__
     words = {'name': arch, **dict(about or {}), 'arch': arch, 'config': getattr(model, 'config', None), 'weights_sha256': identity['weights_sha256']}
-    return Evaluation(dict(format=_FORMAT, model=words, data=dict(dataset=data.name, split=split, images_sha256=images), seed=seed,
+    return Evaluation(dict(format=_FORMAT, model=words, data={k: identity[k] for k in ('dataset', 'split', 'images_sha256')}, seed=seed,
                            results=results, warnings=found, versions=_versions(), device=device.type, hardware=hardware(device), seconds=round(sum(r['seconds'] for r in results), 1)), correct)
 
 # %% ../nbs/09_evaluate.ipynb #a9bb20e4
@@ -350,11 +346,6 @@ def _measuring(model:nn.Module)->Iterator[None]:
             for p in trained: p.requires_grad_(True)
             cudnn.deterministic, cudnn.benchmark = before
 
-def _aim(progress:Progress, ahead:int, text:str)->None:
-    "Tell the bar what is left to do"
-    progress.total = progress.count + ahead
-    if progress.bar is not None: progress.bar.total = progress.total
-    progress.step(text, by=0)
 
 # %% ../nbs/09_evaluate.ipynb #97ef8464
 def _bare_weights(path:Path, arch:str, **options:Any)->nn.Module:
@@ -383,6 +374,7 @@ def load_model(
     if arch is None and (mean or std): raise ValueError('mean and std belong to bare weights: give arch, too')
     if arch is not None:
         if dataset is None: raise ValueError(f'arch = {arch!r} says that {name} holds bare weights: name the dataset that they are for, too')
+        check_name('dataset', dataset, DATASETS)
         spec, normal = DATASETS[dataset], dict(mean=mean, std=std) if mean or std else {}
         shape = dict(num_classes=spec.num_classes, in_channels=spec.in_channels, image_size=spec.image_size)
         model = _bare_weights(path, arch, **shape, **normal)

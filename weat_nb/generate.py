@@ -9,7 +9,6 @@ __all__ = ['STARTS', 'SGLD_PRESETS', 'ClassPCA', 'LocalPCA', 'Start', 'class_pca
            'energy_guided']
 
 # %% ../nbs/08_generate.ipynb #5871020b
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +45,18 @@ class ClassPCA:
         k = max(1, min(enough, int((values > 1e-6*values[0]).sum()))) # below this float32 sees rounding only
         self.std = values[:k].sqrt() # (k,) of the class along each component
         self.components = (x.T@vectors[:, :k]/(self.std*math.sqrt(n - 1)).clamp(min=1e-12)).T if wide else vectors[:, :k].T.contiguous() # (k, C·H·W)
+
+    @classmethod
+    def of(cls,
+        shape:torch.Size, # (C, H, W)
+        mean:Tensor, # (C·H·W,)
+        std:Tensor, # (k,)
+        components:Tensor, # (k, C·H·W), orthonormal
+    )->'ClassPCA':
+        "What an earlier one had found; nothing is fitted"
+        pca = cls.__new__(cls)
+        pca.shape, pca.mean, pca.std, pca.components = shape, mean, std, components
+        return pca
 
     def sample(self,
         n:int, # number of images
@@ -158,15 +169,10 @@ def class_pca(
     "A `ClassPCA` for each class; with a cache the eigenvectors of these very images are computed once"
     def fit()->list[ClassPCA]: return [ClassPCA(data.images[data.labels == k], retained_variance) for k in range(data.num_classes)]
     if cache is None: return fit()
-    digest = hashlib.sha256(data.images.cpu().numpy().tobytes() + data.labels.cpu().numpy().tobytes() + repr(float(retained_variance)).encode()).hexdigest()
-    path = Path(cache)/f'{data.name}-pca-{digest[:16]}.safetensors'
-    if not path.exists(): save_tensors(path, {f'{k}.{name}': getattr(p, name) for k, p in enumerate(fit()) for name in ('mean', 'std', 'components')})
-    tensors, fitted = load_tensors(path, data.images.device)[0], []
-    for k in range(data.num_classes):
-        p = object.__new__(ClassPCA)
-        p.shape, p.mean, p.std, p.components = data.images.shape[1:], *(tensors[f'{k}.{name}'] for name in ('mean', 'std', 'components'))
-        fitted.append(p)
-    return fitted
+    path = Path(cache)/f'{data.name}-pca-{data.sha256()[:16]}-{float(retained_variance)!r}.safetensors'
+    if not path.exists(): save_tensors(path, {f'{k}.{name}': t for k, p in enumerate(fit()) for name, t in (('mean', p.mean), ('std', p.std), ('components', p.components))})
+    tensors = load_tensors(path, data.images.device)[0]
+    return [ClassPCA.of(data.images.shape[1:], *(tensors[f'{k}.{name}'] for name in ('mean', 'std', 'components'))) for k in range(data.num_classes)]
 
 # %% ../nbs/08_generate.ipynb #7333ae73
 SGLD_PRESETS = { # Table C; noise_std is its "noise variance γ", which the authors' code uses as a standard deviation
@@ -248,6 +254,7 @@ def _check_sgld(x0:Tensor, y:Tensor, steps:int, step_size:float, friction:float,
         if not isinstance(t, Tensor) or t.dtype != kind or t.shape != x0.shape[:1] or t.device != x0.device:
             given = f'{t.dtype} {tuple(t.shape)} on {t.device}' if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f'{name} must be {str(kind)[6:]} ({len(x0)},) on {x0.device}, an entry for each image, given {given}')
+    if stop_energy is not None and stop_energy.isnan().any(): raise ValueError('stop_energy holds NaN: the image would never move; -inf lets it take all steps')
     if noise_std and generator is None: raise ValueError(f'noise_std = {noise_std:g} needs a generator: torch.Generator().manual_seed(0), or noise_std=0')
     if config.graph: raise ValueError('graph=True is for the training step; sgld captures no CUDA graph: use StepConfig(graph=False, ...)')
 
@@ -261,6 +268,8 @@ def class_energies(
 )->Tensor: # (K,) in nats
     "Mean joint energy of the images of each class: the level at which a sample looks like its class to the model"
     frozen, device = FrozenCopy(model), next(model.parameters()).device
+    absent = (data.labels.bincount(minlength=data.num_classes) == 0).nonzero().flatten().tolist()
+    if absent: raise ValueError(f'class {data.classes[absent[0]]!r} has no image in {data.name}: its mean energy is not known')
     energy = torch.cat([joint_energy(frozen(x), y) for x, y in batches(data.to(device), batch_size)])
     return torch.stack([energy[data.labels.to(device) == k].mean() for k in range(data.num_classes)])
 

@@ -144,7 +144,8 @@ def read_grid(
         second = _notebook(later.get('notebook'), path), _mapping(later.get('parameters') or {}, f'{path}, then, parameters')
         if second[0].name == notebook.name: raise ValueError(f'{path}: both notebooks are called {notebook.name}; the second would overwrite the first')
     runs:dict[str, Run] = {}
-    for combination in _combinations(spec.get('grid') or [{}], path):
+    if not spec.get('grid'): raise ValueError(f"{path}: grid is {'empty' if 'grid' in spec else 'missing'}: name parameters and lists of their values under grid")
+    for combination in _combinations(spec['grid'], path):
         both = set(combination) & set(fixed)
         if both: raise ValueError(f'{path}: {min(both)} is there twice, among parameters and in the grid')
         stage = _stage(notebook, {**fixed, **combination}, str(path))

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import ascent_loss, attack, pgd_loop, starting_point
+from .attacks import ascent_loss, attack, check_values, pgd_loop, starting_point
 from .checkpoints import load_tensors, model_tensors, save_tensors
 from .data import ImageData, batches
 from .energy import joint_energy, marginal_energy
 from .plots import COLOURS, Table
-from .runs import Progress
+from .runs import Progress, differences
 from .step import FrozenCopy, exact_float32
 
 # %% ../nbs/06_landscapes.ipynb #88c2f984
@@ -57,12 +57,14 @@ def steps_record(
     "Energies along one run of PGD (supplement A.1, Figs. A and B)"
     if list(counts) != sorted(set(counts)) or not counts or counts[0] < 0: raise ValueError(f'counts = {list(counts)} must be different numbers of steps, 0 or more, ascending')
     with torch.no_grad(): ascend = ascent_loss(loss, y, clean_logits=net(x))
-    x_adv, done, found = starting_point(x, eps, start='gaussian' if loss == 'kl' else 'uniform', generator=generator), 0, []
+    x_adv, done, found, values = starting_point(x, eps, start='gaussian' if loss == 'kl' else 'uniform', generator=generator), 0, [], []
     for count in counts:
-        x_adv, _ = pgd_loop(net, x, x_adv, ascend, eps=eps, step_size=step_size, steps=count - done)
+        x_adv, along = pgd_loop(net, x, x_adv, ascend, eps=eps, step_size=step_size, steps=count - done)
+        values.append(along)
         done = count
         record = energy_record(net, x, x_adv if count else x, y)
         found.append(dict(energy=record['energy_adv'], joint=record['joint_adv'], correct=record['correct_adv']))
+    check_values(torch.cat(values), loss)
     return {k: torch.stack([f[k] for f in found]) for k in found[0]}
 
 # %% ../nbs/06_landscapes.ipynb #2611aeef
@@ -89,8 +91,7 @@ def over_batches(
         path, own = folder and folder/f'{start:05d}-{len(x):03d}.safetensors', {**(settings or {}), 'images': _digest(dict(x=x, y=y))}
         if path and path.exists():
             tensors, kept = load_tensors(path)
-            differ = [f'{k} is {kept.get(k)!r} there and {v!r} here' for k, v in own.items() if kept.get(k) != v]
-            if differ: raise ValueError(f'{path} was measured with other settings ({", ".join(differ)}): name another run_dir')
+            if other := differences({k: kept.get(k) for k in own}, own): raise ValueError(f'{path} was measured with other settings ({other}): name another run_dir')
         else:
             with exact_float32(): tensors = {k: v.cpu() for k, v in measure(x, y, seed + start).items()}
             if path: save_tensors(path, tensors, own)
@@ -231,8 +232,8 @@ def plot_steps(
     means = {label: s[kind].mean(1).tolist() for label, s in studies.items()}
     lines = {}
     for i, (label, s) in enumerate(studies.items()):
-        shift = .06*(i - (len(studies) - 1)/2)
-        lines[label] = ax.errorbar([p + shift for p in at], means[label], yerr=s[kind].std(1, correction=0).tolist() if spread else None, marker='o', markersize=4, lw=1.2, capsize=2, elinewidth=.7, label=label)
+        aside = .06*(i - (len(studies) - 1)/2)
+        lines[label] = ax.errorbar([p + aside for p in at], means[label], yerr=s[kind].std(1, correction=0).tolist() if spread else None, marker='o', markersize=4, lw=1.2, capsize=2, elinewidth=.7, label=label)
     low, high = ax.get_ylim()
     for j in at:
         heights = _apart([m[j] for m in means.values()], (high - low)*.045)
@@ -284,11 +285,10 @@ def attack_table(
     rows = []
     for (model, name), m in measured.items():
         row = {'model': short_name(model), 'attack': LABELS.get(name, name), 'correct (%)': 100*m['correct_adv'].double().mean().item()}
-        for kind, label in (('energy', 'E(x'), ('joint', 'E(x')):
-            y = ', y)' if kind == 'joint' else ')'
+        for kind, natural, attacked in (('energy', 'E(x)', 'E(x*)'), ('joint', 'E(x, y)', 'E(x*, y)')):
             mean, error = shift(m, kind)
-            row |= {f'{label}{y}': m[f'{kind}_nat'].mean().item(), f'E(x*{y}': m[f'{kind}_adv'].mean().item(), f'shift of E(x{y}': f'{mean:+.2f} ± {error:.2f}',
-                    f'AUROC of E(x{y}': auroc(m[f'{kind}_adv'], m[f'{kind}_nat'])}
+            row |= {natural: m[f'{kind}_nat'].mean().item(), attacked: m[f'{kind}_adv'].mean().item(), f'shift of {natural}': f'{mean:+.2f} ± {error:.2f}',
+                    f'AUROC of {natural}': auroc(m[f'{kind}_adv'], m[f'{kind}_nat'])}
         rows.append(row)
     return Table(rows)
 
@@ -297,9 +297,9 @@ LEFT, RIGHT = ('pgd', 'trades', 'apgd'), ('apgd-t', 'apgd-dlr', 'fab', 'fab-t', 
 
 def _correct(record:dict[str, Tensor])->float: return 100*record['correct_adv'].double().mean().item()
 
-def _moved(m:dict[str, Tensor], kind:str = 'energy')->str:
-    "Shift and separability in words"
-    return '{:+.2f} ± {:.2f} nats'.format(*shift(m, kind)) + f", AUROC {auroc(m[f'{kind}_adv'], m[f'{kind}_nat']):.3f}"
+def _moved(m:dict[str, Tensor])->str:
+    "Shift and separability of E(x) in words"
+    return '{:+.2f} ± {:.2f} nats'.format(*shift(m)) + f", AUROC {auroc(m['energy_adv'], m['energy_nat']):.3f}"
 
 def _modes(m:dict[str, Tensor])->str:
     "Valley and what lies left of it"
@@ -343,12 +343,13 @@ def steps_claims(
     rows = []
     for loss in dict.fromkeys(loss for _, loss in studies):
         for kind, sign, verb, label in (('energy', -1, 'falls', 'E(x)'), ('joint', 1, 'rises', 'E(x, y)')):
-            means = {short_name(model): s[kind].double().mean(1) for (model, l), s in studies.items() if l == loss}
-            ends = [bool(sign*(m[-1] - m[0]) > 0) for m in means.values()]
-            going = torch.cat([sign*m[1:].diff() > 0 for m in means.values()])
+            means = [(short_name(model), s[kind].double().mean(1)) for (model, l), s in studies.items() if l == loss] # two models may have one short name
+            ends = [bool(sign*(m[-1] - m[0]) > 0) for _, m in means]
+            going = torch.cat([sign*m[1:].diff() > 0 for _, m in means])
+            found = '; '.join(f'{n} {m[0]:.2f} natural, {m[1]:.2f} after {counts[1]}, {m[-1]:.2f} after {counts[-1]} steps' for n, m in means)
+            held = 'no' if not any(ends) else 'yes' if all(ends) and going.all() else 'in part'
             rows.append(dict(claim=f"{label} {verb} with the steps of {dict(ce='PGD', kl='TRADES (KL)')[loss]}, whatever the depth", paper=verb,
-                             here='; '.join(f'{n} {m[0]:.2f} natural, {m[1]:.2f} after {counts[1]}, {m[-1]:.2f} after {counts[-1]} steps' for n, m in means.items())
-                                  + f' (nats); from {counts[1]} on it {verb} in {int(going.sum())} of {len(going)} intervals', held='no' if not any(ends) else 'yes' if all(ends) and going.all() else 'in part'))
+                             here=f'{found} (nats); from {counts[1]} on it {verb} in {int(going.sum())} of {len(going)} intervals', held=held))
     return rows
 
 def robustness_claim(

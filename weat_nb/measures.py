@@ -10,6 +10,7 @@ __all__ = ['INCEPTION_URL', 'INCEPTION_SHA256', 'to_bytes', 'to_pixels', 'freche
            'nearest_images']
 
 # %% ../nbs/parts/measures.ipynb #bec580e5
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .attacks import eval_mode
 from .checkpoints import CheckpointError, file_sha256
 from .data import check_images, to_float
 from .fetch import data_root, download
+from .guards import eval_mode
 from .models import ImageClassifier
 
 # %% ../nbs/parts/measures.ipynb #dfe21911
@@ -83,7 +84,8 @@ def inception_score(
     log_p, n, scores = z[torch.from_numpy(np.random.RandomState(seed).permutation(len(z)))].log_softmax(1), len(z), []
     for i in range(splits):
         part = log_p[i*n//splits:(i + 1)*n//splits]
-        scores.append((part.exp()*(part - part.exp().mean(0).log())).sum(1).mean().exp().item())
+        mean = part.logsumexp(0) - math.log(len(part)) # of the probabilities; a logarithm of a sum that may be 0 would be NaN
+        scores.append((part.exp()*(part - mean)).sum(1).mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
 
 # %% ../nbs/parts/measures.ipynb #978bd1a7
@@ -196,6 +198,6 @@ def nearest_images(
     batch_size:int = 500, # images at a time
 )->tuple[Tensor, Tensor]: # (N,) distances in pixels of [0, 1], and (N,) indices into `reference`
     "The nearest image of `reference` to each image, by Euclidean distance"
-    theirs = to_pixels(reference).flatten(1)
-    found = [torch.cdist(part, theirs).min(dim=1) for part in to_pixels(images).flatten(1).split(batch_size)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    ours, theirs = (to_pixels(x).flatten(1) for x in (images, reference))
+    index = torch.cat([torch.cdist(part, theirs).argmin(dim=1) for part in ours.split(batch_size)])
+    return torch.cat([(x - theirs[i]).norm(dim=1) for x, i in zip(ours.split(batch_size), index.split(batch_size))]), index # cdist rounds: a copy would not be at 0

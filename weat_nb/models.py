@@ -56,7 +56,7 @@ class ImageClassifier(nn.Module):
     "Images (B, C, H, W) in [0, 1] to logits (B, K): normalise, extract features, average over positions, classify"
     config: dict[str, Any] # the arguments of create_model that rebuild this model
     conv_bn: tuple[tuple[str, str], ...] = () # names of a convolution and the batch normalisation that follows it at once
-    linear: nn.Linear # the last layer
+    linear: nn.Linear # the last layer, where `classify` is not overridden
 
     def __init__(
         self,

@@ -62,17 +62,16 @@ def plot_curves(
     ylabel:str, # label of the y axis, with its unit
     spread:dict[str, str]|None = None, # metric name -> name of its standard deviation, drawn as a band
     colours:dict[str, str]|None = None, # metric name -> colour
-    scale:float = 1., # values are multiplied by this
     ax:Any = None, # where to draw
 )->Any: # the axes
     "Metrics against epochs"
     ax = axes()[1][0] if ax is None else ax
     epochs = [row['epoch'] for row in history]
     for name, label in curves.items():
-        values = [row[name]*scale for row in history]
+        values = [row[name] for row in history]
         line, = ax.plot(epochs, values, marker='o', markersize=3, label=label, color=(colours or {}).get(name))
         if spread and name in spread:
-            sd = [row[spread[name]]*scale for row in history]
+            sd = [row[spread[name]] for row in history]
             ax.fill_between(epochs, [v - s for v, s in zip(values, sd)], [v + s for v, s in zip(values, sd)], alpha=.15, color=line.get_color(), lw=0)
     ax.set(xlabel='epoch', ylabel=ylabel)
     ax.xaxis.get_major_locator().set_params(integer=True)

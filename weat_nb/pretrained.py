@@ -64,7 +64,6 @@ def load_weights(
     "A network of a known architecture with weights that others have published"
     model, tensors = create_model(arch, num_classes, in_channels, image_size, **normalisation, seed=0), read_state_dict(path)
     want = {n: tuple(t.shape) for n, t in model.state_dict().items() if n in tensors or not n.endswith("num_batches_tracked")} # old files lack the counter
-    if normalisation: want = {n: s for n, s in want.items() if not n.startswith("normalize.")}
     have = {n: tuple(t.shape) for n, t in tensors.items()}
     differ = [f"{n} is {have.get(n, 'absent')} in the file, {want.get(n, 'absent')} in {arch}" for n in {**want, **have} if have.get(n) != want.get(n)]
     if differ:
@@ -126,6 +125,7 @@ def publish_model(
 )->Path: # the weights
     "Write the selected model of a run in float16, and before it what it is and its SHA-256; a call that was killed may be repeated"
     run, folder = Path(run_dir), Path(folder)
+    if name in PUBLIC_MODELS: raise ValueError(f"name = {name!r} is not allowed: a public network is called that; take another name")
     if not name or name != Path(name).name or ":" in name: raise ValueError(f"name = {name!r} is not allowed: a plain file name without an ending")
     model, metadata = load_checkpoint(run/"best.safetensors")
     path, note = folder/f"{name}.safetensors", folder/f"{name}.json"
@@ -137,6 +137,8 @@ def publish_model(
     if taken: raise FileExistsError(f"{taken[0]} is there already: take another name, or delete it first")
     write_text(note, text)
     return write_file(path, weights)
+
+def _is_address(root:str|os.PathLike|None)->bool: return isinstance(root, str) and root.startswith(("http://", "https://"))
 
 def model_folders(
     root:str|os.PathLike|None = None, # a folder of the caller's, searched first
@@ -156,9 +158,10 @@ def pretrained_names(
 
 def pretrained_note(
     name:str, # of one of this project's networks
-    root:str|os.PathLike|None = None, # a folder of the caller's, searched first
+    root:str|os.PathLike|None = None, # a folder of the caller's, searched first, or an address
 )->tuple[Path, dict[str, Any]]: # the file of the weights, and what its JSON file says
-    "Where a network lies and what is known of it"
+    "Where a network lies and what is known of it; what an address holds is fetched"
+    if _is_address(root): root = _from_address(str(root), name)
     for folder in model_folders(root):
         note = folder/f"{name}.json"
         if note.exists() and note.with_suffix(".safetensors").exists(): return note.with_suffix(".safetensors"), json.loads(note.read_text())
@@ -201,15 +204,14 @@ def load_pretrained(
 )->nn.Module: # logits (B, K) from images in [0, 1]; in eval mode
     "A trained network by name, its file checked against its SHA-256"
     name = os.fspath(name)
-    if name.startswith("robustbench:"): model = _robustbench(name.removeprefix("robustbench:"), root)
+    if name.startswith("robustbench:"): model = _robustbench(name.removeprefix("robustbench:"), None if _is_address(root) else root)
     elif name.endswith(".safetensors") or Path(name).is_file(): model, _ = load_checkpoint(name)
     elif name in PUBLIC_MODELS:
         row = PUBLIC_MODELS[name]
-        path = _check_sha256(_public_file(row, root), row.sha256)
+        path = _check_sha256(_public_file(row, None if _is_address(root) else root), row.sha256)
         normalisation:dict[str, Any] = dict(zip(("mean", "std"), row.normalisation or ()))
         model = load_weights(path, row.arch, **normalisation)
     else:
-        if isinstance(root, str) and root.startswith(("http://", "https://")): root = _from_address(root, name)
         path, note = pretrained_note(name, root)
         model, _ = load_checkpoint(_check_sha256(path, note["sha256"]))
     return model.to(device).eval()
@@ -221,7 +223,7 @@ def check_pretrained(
     root:str|os.PathLike|None = None, # likewise
 )->None:
     "Refuse what `load_pretrained` could not find; nothing is loaded or fetched"
-    elsewhere = name.startswith("robustbench:") or (isinstance(root, str) and root.startswith(("http://", "https://")))
+    elsewhere = name.startswith("robustbench:") or _is_address(root)
     if elsewhere or Path(name).is_file() or name in pretrained_names(root): return
     raise ValueError(f"{parameter} = {name!r} is not allowed: there is no such file, and the names at hand are {', '.join(pretrained_names(root))}"
                      f"{suggest(name, pretrained_names(root))}")

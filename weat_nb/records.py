@@ -36,7 +36,7 @@ def suspicions(
         right = round(clean['num_images']*clean['accuracy']/100)
         out.append(f"zero gradients: the cross-entropy has none at {clean['zero_gradients']} of {right} correctly classified images; attacks that follow it cannot move them")
     if auto and (gain := auto['after']['fab-t'] - auto['after']['square']) > .2 + 1e-9:
-        out.append(f"gradient masking: Square, which needs no gradients, broke {gain:.2f} % of {auto['num_images']} images that APGD and FAB had left; run it with more queries, or an adaptive attack")
+        out.append(f"gradient masking: Square, which needs no gradients, broke images that APGD and FAB had left, {gain:.2f} % of all {auto['num_images']}; run it with more queries, or an adaptive attack")
     record, who = PUBLISHED_RECORDS.get(dataset, (math.inf, ''))
     for r in (r for r in results if 'eps' in r and abs(r['eps'] - 8/255) < 1e-4 and r['accuracy'] > record):
         out.append(f"too good: {r['accuracy']:.2f} % under {r['attack']} on {r['num_images']} images is above the published record for {dataset}, {record:.2f} % ({who})")
@@ -100,14 +100,14 @@ def _whole(records:Sequence[Mapping[str, Any]])->list[Mapping[str, Any]]:
     "Evaluations of one model in one ball as one record: each attack where it was run on the most images"
     found:dict[tuple, Any] = {}
     for i, record in enumerate(records):
-        key = (record['data']['dataset'], record['model'].get('weights_sha256', i), _ball(record)[0])
+        key = (record['data']['dataset'], record['data']['split'], record['model'].get('weights_sha256', i), _ball(record)[0])
         results = {r['attack']: r for r in sorted((*found.get(key, dict(results=[]))['results'], *record['results']), key=lambda r: r['num_images'])}
         found[key] = {**found.get(key, record), 'results': list(results.values())}
     return list(found.values())
 
 def _as_in_paper(record:Mapping[str, Any])->bool:
-    "Trained on all images and attacked, in training and evaluation, in the paper's ball"
-    return _training(record).get('num_train') is None and all(eps is not None and abs(eps - 8/255) < 1e-6 for eps in (_training(record).get('eps'), _ball(record)[0]))
+    "Trained on all images and evaluated on test images, attacked in the paper's ball both times"
+    return record['data']['split'] == 'test' and _training(record).get('num_train') is None and all(eps is not None and abs(eps - 8/255) < 1e-6 for eps in (_training(record).get('eps'), _ball(record)[0]))
 
 def _cell(group:Sequence[Mapping[str, Any]], attack:str)->str|None:
     "Mean and spread of one accuracy over the seeds of a row"
@@ -126,13 +126,14 @@ def measured_table(
     columns = {a: column for a, column in _COLUMNS.items() if any(r['attack'] == a for record in records for r in record['results'])}
     for record in records:
         training = {k: v for k, v in _training(record).items() if k not in ('seed', 'precision')}
-        groups.setdefault(json.dumps([record['data']['dataset'], record['model']['arch'], _ball(record), training or record['model']['name']], sort_keys=True), []).append(record)
+        groups.setdefault(json.dumps([record['data']['dataset'], record['data']['split'], record['model']['arch'], _ball(record), training or record['model']['name']], sort_keys=True), []).append(record)
     rows = []
     for group in groups.values():
         training, first, arithmetic = _training(group[0]), group[0], Counter(_training(record).get('precision') for record in group)
         images = {column: '/'.join(map(str, counts)) for a, column in columns.items() if (counts := sorted({r['num_images'] for record in group for r in record['results'] if r['attack'] == a}))}
         data, radius = first['data']['dataset'], _ball(first)[0]
-        if radius and sum(name == data for name, _ in radii) > 1: data += f', ε = {radius:.3g}'
+        if first['data']['split'] != 'test': data += f", {first['data']['split']} images"
+        if radius and sum(name == first['data']['dataset'] for name, _ in radii) > 1: data += f', ε = {radius:.3g}'
         rows.append({'data': data, 'objective': training.get('objective') or first['model']['name'], 'network': first['model']['arch'], 'epochs': training.get('epochs'), 'seeds': len(group),
                      **{column: _cell(group, a) for a, column in columns.items()},
                      'images': next(iter(images.values())) if len(set(images.values())) == 1 else ', '.join(f'{n} {column}' for column, n in images.items()),

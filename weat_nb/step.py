@@ -11,6 +11,7 @@ __all__ = ['reference_step', 'forward_passes', 'forward_cost', 'FrozenCopy', 'St
 # %% ../nbs/10_speed.ipynb #e51d3715
 import copy
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 from .attacks import ascent_loss, pgd_loop, starting_point
 from .data import check_images
+from .distributed import SyncBatchNorm2d
+from .guards import eval_mode
 from .losses import get_objective
 
 # %% ../nbs/10_speed.ipynb #b2fb3069
@@ -31,7 +34,7 @@ def reference_step(
     y:Tensor, # (B,) labels
     *,
     objective:str = 'weat_adv', # a name of `OBJECTIVES` that has an attack
-    beta:float|None = None, # weight of the KL term; None: the objective's default
+    beta:float|None = None, # weight of the second term; None: the objective's default
     eps:float, # radius of the l-inf ball, pixels in [0, 1]
     step_size:float, # attack step, pixels in [0, 1]
     steps:int, # attack steps
@@ -73,25 +76,27 @@ def forward_cost(
     image_size:int = 32, # H = W, pixels
     element_size:int = 4, # bytes of a number: 4 in float32, 2 in bf16
 )->tuple[int, int]: # (floating point operations, bytes of activations written and read) of one image's forward pass
-    "What one image costs in one forward pass: operations by PyTorch's counter, bytes as every layer's output written once and read once"
+    "What one image costs in one forward pass in evaluation mode: operations by PyTorch's counter, bytes as every layer's output written once and read once"
     from torch.utils.flop_counter import FlopCounterMode
-    written = []
-    hooks = [m.register_forward_hook(lambda module, args, out: written.append(out.numel())) for m in model.modules() if not list(m.children())]
-    device = next(model.parameters()).device
+    numbers = []
+    hooks = [m.register_forward_hook(lambda module, args, out: numbers.append(out.numel())) for m in model.modules() if not list(m.children())]
+    one = torch.zeros(1, in_channels, image_size, image_size, device=next(model.parameters()).device)
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter: model(torch.zeros(2, in_channels, image_size, image_size, device=device))
+        with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter: model(one)
     finally:
         for hook in hooks: hook.remove()
-    return counter.get_total_flops()//2, sum(written)*2*element_size//2
+    return counter.get_total_flops(), 2*element_size*sum(numbers) # written, and read
 
 # %% ../nbs/10_speed.ipynb #68b3323d
-def _conv_bn(module:nn.Module)->Iterator[tuple[str, str]]:
-    "Names of the children that are a convolution and the BatchNorm of its output"
+def _conv_bn(module:nn.Module, uses:Counter[nn.Module|None])->Iterator[tuple[str, str]]:
+    "Names of the children that are a convolution and the BatchNorm of its output, and nothing else"
     yield from getattr(module, 'conv_bn', ())
-    if isinstance(module, nn.Sequential):
-        children = list(module.named_children())
+    if type(module).forward is nn.Sequential.forward:
+        children = list(module._modules.items()) # named_children() leaves out a module's second place
         for (first, conv), (second, bn) in zip(children, children[1:]):
-            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d) and bn.affine and bn.track_running_stats: yield first, second
+            if type(conv) is not nn.Conv2d or not (type(bn) is nn.BatchNorm2d or type(bn) is SyncBatchNorm2d): continue
+            alone = uses[conv] == uses[bn] == 1 and not any(m._forward_hooks or m._forward_pre_hooks for m in (conv, bn))
+            if alone and bn.affine and bn.track_running_stats: yield first, second
 
 # %% ../nbs/10_speed.ipynb #8dab81d6
 class FrozenCopy:
@@ -104,18 +109,18 @@ class FrozenCopy:
     ):
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.dtype = dtype or next(model.parameters()).dtype
-        self.model, self.pairs, folded = copy.deepcopy(model).eval(), [], set()
-        for (name, theirs), ours in zip(model.named_modules(), list(self.model.modules())):
-            for c, b in _conv_bn(theirs) if fold else ():
+        self.model, self.pairs = copy.deepcopy(model).eval(), []
+        uses = Counter(child for m in model.modules() for child in m._modules.values())
+        for theirs, ours in zip(model.modules(), list(self.model.modules())):
+            for c, b in _conv_bn(theirs, uses) if fold else ():
                 conv = getattr(ours, c)
-                conv.bias = nn.Parameter(torch.zeros_like(conv.weight[:, 0, 0, 0]))
+                conv.weight, conv.bias = nn.Parameter(torch.empty_like(conv.weight)), nn.Parameter(torch.empty_like(conv.weight[:, 0, 0, 0]))
                 setattr(ours, b, nn.Identity())
                 self.pairs.append((getattr(theirs, c), getattr(theirs, b), conv))
-                prefix = f'{name}.' if name else ''
-                folded |= {f'{prefix}{c}.weight', f'{prefix}{c}.bias'}
         self.model.to(dtype=self.dtype).to(memory_format=self.format).requires_grad_(False)
-        source = dict(model.state_dict(keep_vars=True))
-        self.rest = [(source[n], t) for n, t in self.model.state_dict(keep_vars=True).items() if n not in folded]
+        folded = {id(t) for *_, conv in self.pairs for t in conv.parameters()}
+        source = model.state_dict(keep_vars=True)
+        self.rest = [(source[n], t) for n, t in self.model.state_dict(keep_vars=True).items() if id(t) not in folded]
         self.forward:Callable[[Tensor], Tensor] = self.model # may be replaced by a compiled version
         self.refresh()
 
@@ -192,7 +197,7 @@ class TrainStep:
         eps:float, # radius of the l-inf ball, pixels in [0, 1]
         step_size:float, # attack step, pixels in [0, 1]
         steps:int, # attack steps
-        beta:float|None = None, # weight of the KL term; None: the objective's default
+        beta:float|None = None, # weight of the second term; None: the objective's default
         config:StepConfig = StepConfig(), # the tricks
     ):
         self.model, self.objective, self.beta, self.config = model, get_objective(objective), beta, config

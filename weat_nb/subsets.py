@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import eval_mode
 from .data import ImageData, batches
 from .energy import marginal_energy
+from .guards import eval_mode
 from .runs import Progress
-from .step import StepConfig, TrainStep, exact_float32
-from .train import TrainConfig, check_finite, epoch_batches, measure_energies, one_cycle, summarise
+from .step import exact_float32
+from .train import TrainConfig, measure_energies, summarise, train_epoch, training_step
 
 # %% ../nbs/07_subsets.ipynb #d0509d0a
 @torch.no_grad()
@@ -98,22 +98,12 @@ def train_on(
     progress:Progress|None = None, # steps once an update
 )->list[dict[str, float]]: # an epoch's metrics a row: epoch, loss and those of `summarise`
     "Adversarial training on given images, measured on given images after every epoch"
-    device, n_batches, history = next(model.parameters()).device, len(train)//config.batch_size, []
-    if not n_batches: raise ValueError(f'batch_size = {config.batch_size} is not allowed: there are only {len(train)} training images')
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=.9, weight_decay=config.weight_decay)
-    step = TrainStep(model, config.objective, beta=config.beta, eps=config.eps, step_size=config.step_size, steps=config.attack_steps,
-                     config=StepConfig.choose(config.device, config.precision))
+    device, history = next(model.parameters()).device, []
+    if len(train) < config.batch_size: raise ValueError(f'batch_size = {config.batch_size} is not allowed: there are only {len(train)} training images')
+    step, optimizer = training_step(model, config)
     train, test = train.to(device), test.to(device)
     for epoch in range(1, config.epochs + 1):
-        generator, losses = torch.Generator(device).manual_seed(config.seed*100_003 + epoch), []
-        parts = epoch_batches(train, None, config, generator) if augmented else batches(train, config.batch_size, generator=generator, drop_last=True)
-        for i, (x, y) in enumerate(parts):
-            for group in optimizer.param_groups: group['lr'] = one_cycle((epoch - 1)*n_batches + i, config.epochs*n_batches, config.lr)
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(step(x, y, weighted=epoch > int(.75*config.epochs), generator=generator))
-            check_finite(model, losses[-1], f'epoch {epoch}, update {i + 1} of {n_batches}')
-            optimizer.step()
-            if progress: progress.step()
+        loss = train_epoch(model, step, optimizer, train, epoch, config, augmented=augmented, progress=progress)
         measured = measure_energies(model, test, eps=config.eps, step_size=config.eps/4, steps=eval_steps, seed=config.seed)
-        history.append(dict(epoch=epoch, loss=torch.stack(losses).mean().item(), **summarise(measured)))
+        history.append(dict(epoch=epoch, loss=loss, **summarise(measured)))
     return history

@@ -6,8 +6,8 @@ Docs: https://weat-nb.github.io/weat_nb/train_weat.html.md"""
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'BETAS', 'protocol', 'TrainConfig', 'one_cycle', 'measure_energies', 'summarise', 'training_data',
-           'epoch_batches', 'snapshot_file', 'snapshot_indices', 'NonFiniteError', 'check_finite', 'TrainResult', 'fit',
-           'fit_worker', 'run_name', 'training_cost']
+           'epoch_batches', 'snapshot_file', 'snapshot_indices', 'NonFiniteError', 'check_finite', 'training_step',
+           'train_epoch', 'TrainResult', 'fit', 'fit_worker', 'run_name', 'training_cost']
 
 # %% ../nbs/04_train_weat.ipynb #d9bdcb38
 import hashlib
@@ -28,11 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .attacks import eval_mode, pgd, starting_point
+from .attacks import pgd, starting_point
 from .checkpoints import CheckpointError, file_sha256, load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from .data import DATASETS, ImageData, augment, batches, load_dataset, load_images, split_holdout, to_float
-from .distributed import all_mean, barrier, data_parallel, is_main, launch, my_share, synchronise_batchnorm, world_size
+from .distributed import all_mean, barrier, check_launch, data_parallel, is_main, launch, my_share, synchronise_batchnorm, world_size
 from .energy import delta_energy, energy_weight, joint_energy, marginal_energy
+from .guards import eval_mode
 from .losses import OBJECTIVES
 from .models import ARCHS, create_model
 from .params import check_params, param, resolve_device
@@ -89,10 +90,11 @@ class TrainConfig:
         defaults = protocol(self.dataset, self.objective)
         if defaults['beta'] is None and self.beta is not None:
             with_beta = [name for name, o in OBJECTIVES.items() if o.beta is not None]
-            raise ValueError(f'beta = {self.beta:g} is not allowed: {self.objective} has no KL term to weight. '
+            raise ValueError(f'beta = {self.beta:g} is not allowed: {self.objective} has no second term to weight. '
                              f'Leave beta out, or take one of {", ".join(with_beta)}')
         if self.aux_fraction and not self.aux_data:
             raise ValueError(f'aux_fraction = {self.aux_fraction:g} needs aux_data, an .npz file of synthesised images')
+        if self.aux_data: object.__setattr__(self, 'aux_data', os.path.expanduser(self.aux_data))
         if self.aux_data and not Path(self.aux_data).is_file(): raise FileNotFoundError(f'aux_data = {self.aux_data!r}: there is no such file')
         object.__setattr__(self, 'device', resolve_device(self.device))
         defaults['precision'] = 'bf16' if self.device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
@@ -108,9 +110,10 @@ class TrainConfig:
     def identity(self)->dict[str, Any]:
         "What makes two runs the same run: every field but where the data lie and where it is computed"
         own = {f.name: getattr(self, f.name) for f in fields(TrainConfig) if f.name not in ('root', 'device')}
-        return {**own, 'aux_data': self.aux_data and f'sha256:{_sha256(self.aux_data)}'} # the images, wherever the file lies
+        return {**own, 'aux_data': self.aux_data and f'sha256:{_sha256(self.aux_data, os.stat(self.aux_data).st_mtime_ns)}'} # the images, wherever the file lies
 
-_sha256 = lru_cache(file_sha256)
+@lru_cache
+def _sha256(path:str, changed:int)->str: return file_sha256(path) # of the file as it was at that time
 
 # %% ../nbs/04_train_weat.ipynb #17c40ae3
 def one_cycle(
@@ -243,7 +246,7 @@ def _check_snapshots(run:Path, epochs:Collection[int], chosen:Tensor, done:int)-
 class NonFiniteError(RuntimeError):
     "The loss or a gradient is NaN or infinite"
 
-_ADVICE = 'The state of the last whole epoch is kept; lower lr, or take precision float32'
+_ADVICE = 'Lower lr, or take precision float32; what a run folder holds of the epochs before is kept'
 
 def check_finite(
     model:nn.Module, # with gradients
@@ -252,11 +255,60 @@ def check_finite(
 )->None:
     "Stop before the update if the loss or a gradient is not finite"
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    norms = torch.stack(torch._foreach_norm(list(gradients.values())))
-    if torch.isfinite(loss + norms.sum()): return
-    bad = [n for n, g in zip(gradients, norms) if not torch.isfinite(g)]
+    if torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients.values())): return
+    bad = [n for n, g in gradients.items() if not g.isfinite().all()]
+    if loss.isfinite() and not bad: return # only the norm was too large for its type
     what = f'the loss is {loss.item()}' + (f'; the gradient of {bad[0]} and {len(bad) - 1} more is not finite' if bad else '')
     raise NonFiniteError(f'{where}: {what}. {_ADVICE}')
+
+# %% ../nbs/04_train_weat.ipynb #7be20f46
+@contextmanager
+def _fits_in_memory(where:str, config:TrainConfig)->Iterator[None]:
+    try: yield
+    except torch.OutOfMemoryError as e:
+        raise MemoryError(f'{where}: a batch of {config.batch_size} images does not fit into the memory of {config.device}. Lower batch_size, '
+                          'take precision bf16, or share the batch among more devices by num_processes; what a run folder holds of the epochs before is kept') from e
+
+def training_step(
+    model:nn.Module, # to train, on its device
+    config:TrainConfig, # of the run
+)->tuple[TrainStep, torch.optim.Optimizer]: # the update short of the optimiser, and SGD
+    "What updates a model as its config says (supplement A.6)"
+    step = TrainStep(model, config.objective, beta=config.beta, eps=config.eps, step_size=config.step_size, steps=config.attack_steps,
+                     config=StepConfig.choose(config.device, config.precision))
+    return step, torch.optim.SGD(model.parameters(), lr=config.lr, momentum=.9, weight_decay=config.weight_decay, fused=config.device == 'cuda')
+
+def train_epoch(
+    model:nn.Module, # to train, on its device
+    step:TrainStep, # of `training_step`
+    optimizer:torch.optim.Optimizer, # likewise
+    train:ImageData, # images, on the device of the model
+    epoch:int, # from 1 to config.epochs: it decides learning rate, randomness and whether MAIL weights yet
+    config:TrainConfig, # of the run
+    *,
+    aux:ImageData|None = None, # synthesised images, on the same device
+    augmented:bool = True, # crop and flip as the data set allows
+    progress:Progress|None = None, # steps once an update
+)->float: # mean loss
+    "One pass over the images; the same, bit for bit, whenever it is repeated from the same weights"
+    device, losses = next(model.parameters()).device, []
+    n_batches = len(train)//(config.batch_size - config.aux_images())
+    generator = torch.Generator(device).manual_seed(config.seed*100_003 + epoch)
+    weighted = epoch > int(.75*config.epochs) # MAIL's burn-in: 75 of 100 epochs
+    parts = epoch_batches(train, aux, config, generator) if augmented else batches(train, config.batch_size, generator=generator, drop_last=True)
+    for i, (x, y) in enumerate(parts):
+        for group in optimizer.param_groups: group['lr'] = one_cycle((epoch - 1)*n_batches + i, config.epochs*n_batches, config.lr)
+        optimizer.zero_grad(set_to_none=True)
+        where, start = f'epoch {epoch}, update {i + 1} of {n_batches}', None
+        if world_size() > 1 and (begin := step.objective.start): # every process draws the whole batch's noise and keeps its share
+            start = my_share(starting_point(x, config.eps, start=begin, generator=generator))
+        with _fits_in_memory(where, config): loss = all_mean(step(my_share(x), my_share(y), weighted=weighted, generator=generator, start=start))
+        # A NaN stays: a GPU is not made to wait for the check of every update
+        if device.type == 'cpu' or i % 25 == 24 or i == n_batches - 1: check_finite(model, loss, where)
+        optimizer.step()
+        losses.append(loss)
+        if progress: progress.step()
+    return torch.stack(losses).mean().item()
 
 # %% ../nbs/04_train_weat.ipynb #11490281
 @dataclass(frozen=True)
@@ -281,6 +333,7 @@ def fit(
     snapshot_images:int = 500, # how many images, the same ones in every snapshot; all where there are fewer
 )->TrainResult: # the finished run
     "Train adversarially, keep the model with the best PGD accuracy on held-out images (supplement A.3, A.6)"
+    check_launch(num_processes, num_nodes, node_rank, rdzv_endpoint, config.device)
     processes = num_processes*num_nodes
     if config.batch_size % processes:
         raise ValueError(f'batch_size = {config.batch_size} cannot be shared equally by {processes} processes: take a multiple of {processes}')
@@ -363,13 +416,6 @@ def _restore(run:Path, model:nn.Module, optimizer:torch.optim.Optimizer)->tuple[
     if is_main(): write_lines(run/'metrics.jsonl', history)
     return history, part('best')
 
-@contextmanager
-def _fits_in_memory(where:str, config:TrainConfig)->Iterator[None]:
-    try: yield
-    except torch.OutOfMemoryError as e:
-        raise MemoryError(f'{where}: a batch of {config.batch_size} images does not fit into the memory of {config.device}. The state of the last whole epoch is kept; lower batch_size, '
-                          'take precision bf16, or share the batch among more devices by num_processes') from e
-
 def _headline(history:list[dict], epochs:int)->str:
     if not history: return f'epoch 1 of {epochs}'
     return f"epoch {len(history)} of {epochs} done: clean {history[-1]['clean']:.1f} %, PGD-20 {history[-1]['pgd']:.1f} % on held-out images"
@@ -379,12 +425,9 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
     device = torch.device('cuda', torch.cuda.current_device()) if config.device == 'cuda' else torch.device(config.device)
     model = create_model(config.arch, train.num_classes, train.in_channels, train.image_size, seed=config.seed).to(device)
     if config.sync_batchnorm and world_size() > 1: synchronise_batchnorm(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=.9, weight_decay=config.weight_decay, fused=config.device == 'cuda')
-    step = TrainStep(model, config.objective, beta=config.beta, eps=config.eps, step_size=config.step_size,
-                     steps=config.attack_steps, config=StepConfig.choose(config.device, config.precision))
+    step, optimizer = training_step(model, config)
     step.model = data_parallel(model) # gradients are averaged over the processes; the attack needs none
     n_batches = len(train)//(config.batch_size - config.aux_images())
-    total = config.epochs*n_batches
     history:list[dict[str, float]] = []
     best:dict[str, Tensor] = {}
     timings = read_lines(run/'timing.jsonl') if is_main() else []
@@ -395,32 +438,17 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
     if is_main():
         _check_snapshots(run, snapshots, chosen, before)
         if before in snapshots and not snapshot_file(run, before).exists(): _take_snapshot(run, model, before, train, chosen, config) # before training, or of an epoch that an earlier call did not keep
-    progress = Progress(total, _headline(history, config.epochs), done=before*n_batches, show=is_main() and before < config.epochs)
+    progress = Progress(config.epochs*n_batches, _headline(history, config.epochs), done=before*n_batches, show=is_main() and before < config.epochs)
     for epoch in range(before + 1, config.epochs + 1):
-        generator = torch.Generator(device).manual_seed(config.seed*100_003 + epoch)
-        weighted = epoch > int(.75*config.epochs) # MAIL's burn-in: 75 of 100 epochs
-        start_time, losses = time.perf_counter(), []
-        for i, (x, y) in enumerate(epoch_batches(train, aux, config, generator)):
-            for group in optimizer.param_groups: group['lr'] = one_cycle((epoch - 1)*n_batches + i, total, config.lr)
-            optimizer.zero_grad(set_to_none=True)
-            where = f'epoch {epoch}, update {i + 1} of {n_batches}'
-            start = None
-            if world_size() > 1 and (begin := step.objective.start): # every process draws the whole batch's noise and keeps its share
-                start = my_share(starting_point(x, config.eps, start=begin, generator=generator))
-            with _fits_in_memory(where, config): loss = all_mean(step(my_share(x), my_share(y), weighted=weighted, generator=generator, start=start))
-            # A NaN stays: a GPU is not made to wait for the check of every update
-            if device.type == 'cpu' or i % 25 == 24 or i == n_batches - 1: check_finite(model, loss, where)
-            optimizer.step()
-            losses.append(loss)
-            progress.step()
+        start_time = time.perf_counter()
+        loss = train_epoch(model, step, optimizer, train, epoch, config, aux=aux, progress=progress)
         seconds = time.perf_counter() - start_time
         if is_main():
             try:
                 measured = measure_energies(model, held_out, eps=config.eps, step_size=config.step_size, seed=config.seed)
                 if epoch in snapshots: _take_snapshot(run, model, epoch, train, chosen, config)
             except FloatingPointError as e: raise NonFiniteError(f'held-out images after epoch {epoch}: {e}. {_ADVICE}') from e
-            history.append(dict(epoch=epoch, updates=epoch*n_batches, lr=optimizer.param_groups[0]['lr'], loss=torch.stack(losses).mean().item(),
-                                **summarise(measured)))
+            history.append(dict(epoch=epoch, updates=epoch*n_batches, lr=optimizer.param_groups[0]['lr'], loss=loss, **summarise(measured)))
             if best_row(history, config.objective)['epoch'] == epoch: best = {k: v.detach().clone() for k, v in model.state_dict().items()}
             timing = dict(epoch=epoch, seconds=round(seconds, 3), images_per_second=round(n_batches*config.batch_size/seconds, 1),
                           device=config.device, processes=world_size())
@@ -458,7 +486,8 @@ def training_cost(
     "What `fit` computes and keeps for a config: operations counted, memory estimated"
     spec, row, size = DATASETS[config.dataset], OBJECTIVES[config.objective], 2 if config.precision == 'bf16' else 4
     parameters, flop, moved = _network_cost(config.arch, config.dataset, size)
-    updates = (config.num_train or spec.n_train - config.num_val)//(config.batch_size - config.aux_images())
+    held_out = 0 if config.aux_data else config.num_val # with synthesised images some of those are held out
+    updates = (config.num_train or spec.n_train - held_out)//(config.batch_size - config.aux_images())
     passes, measuring = forward_passes(config.objective, config.attack_steps), flop*config.epochs*config.num_val*(2*20 + 2)
     activations = config.batch_size*(row.needs_clean + row.needs_adv)*moved//2 # written once
     return dict(passes=passes, updates=updates*config.epochs, flop=flop*config.epochs*updates*config.batch_size*passes + measuring, measuring=measuring,
