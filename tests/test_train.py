@@ -19,6 +19,7 @@ from weat_nb.models import create_model
 from weat_nb.train import NonFiniteError, TrainConfig, fit, training_data
 
 TINY = dict(num_train=64, num_val=4, attack_steps=1, batch_size=32, device='cpu')
+LONGER = dict(num_train=128, num_val=20, attack_steps=2, batch_size=64, device='cpu') # epochs that can be met in their middle, batches whose halves say nearly the same
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +73,12 @@ def test_a_restored_momentum_lies_as_its_weights(tmp_path):
 
 def test_two_processes_train_as_one(tmp_path):
     "Synchronised batch normalisation and shares of one batch: the same run up to rounding, which training amplifies"
-    config = TrainConfig(epochs=1, **TINY)
+    config = TrainConfig(epochs=1, **LONGER)
     one, two = [fit(config, tmp_path/name, num_processes=n, snapshots=[0, 1], snapshot_images=10) for name, n in (('one', 1), ('two', 2))]
     assert one.history[0]['loss'] == pytest.approx(two.history[0]['loss'], rel=1e-4)
     assert one.history[0]['energy_nat_mean'] == pytest.approx(two.history[0]['energy_nat_mean'], abs=1e-2)
     assert {p.relative_to(tmp_path/'one') for p in (tmp_path/'one').rglob('*')} == {p.relative_to(tmp_path/'two') for p in (tmp_path/'two').rglob('*')}
-    with pytest.raises(ValueError, match='batch_size = 32 cannot be shared equally by 3 processes'): fit(config, tmp_path/'three', num_processes=3)
+    with pytest.raises(ValueError, match='batch_size = 64 cannot be shared equally by 3 processes'): fit(config, tmp_path/'three', num_processes=3)
 
 
 def children(pid):
@@ -92,7 +93,7 @@ def children(pid):
 
 @pytest.mark.skipif(not Path('/proc').exists(), reason='looks for processes in /proc')
 def test_a_killed_worker_does_not_lose_the_run(tmp_path):
-    given = dict(epochs=3, num_train=128, num_val=20, attack_steps=2, batch_size=64, device='cpu') # epochs long enough to be met in their middle
+    given = dict(epochs=3, **LONGER)
     script = f"from weat_nb.train import TrainConfig, fit; fit(TrainConfig(**{given!r}), {str(tmp_path/'run')!r}, num_processes=2)"
     with open(tmp_path/'said', 'w') as said: process = subprocess.Popen([sys.executable, '-c', script], env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL, stderr=said)
     deadline = time.monotonic() + 120
@@ -140,7 +141,7 @@ def test_snapshots(tmp_path, monkeypatch):
     tensors, metadata = load_tensors(files[2])
     images = training_data(config)[0]
     assert metadata['epoch'] == 2 and metadata['config'] == config.identity()
-    assert torch.equal(tensors['labels'], images.labels[tensors['indices']]) and len(tensors['indices'].unique()) == 40
+    assert torch.equal(tensors['labels'], images.labels[tensors['indices']]) and len(tensors['indices'].unique()) == 10
     last, _ = load_checkpoint(tmp_path/'whole/last.safetensors')
     again = train.measure_energies(last, images[tensors['indices']], eps=config.eps, step_size=config.step_size, seed=config.seed)
     assert all(torch.equal(again[k], tensors[k]) for k in again)

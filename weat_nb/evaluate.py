@@ -296,6 +296,7 @@ def evaluate(
             after = _run_attack(entry, batch_size, clean, attack_images, list(parts), save, device.type)
             correct[name] = list(after.values())[-1]
             results.append(_result(name, entry, after, correct['clean'][:counts[name]]))
+    progress.aim(0, 'evaluated')
     progress.close('evaluated: ' + ', '.join(f"{r['attack']} {r['accuracy']:.1f} %" for r in results))
     found = suspicions(results, data.name)
     for text in found: warnings.warn(text, EvaluationWarning, stacklevel=2)
