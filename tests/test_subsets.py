@@ -1,4 +1,5 @@
 "The four data sets of A.4 on energies that are known, the tables, and the loop that trains on them"
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -115,3 +116,10 @@ def test_every_objective(objective):
     history = train_on(model, data, data[:32], TrainConfig(objective=objective, **{**TINY, 'epochs': 1}), eval_steps=1)
     assert torch.tensor(list(history[0].values())).isfinite().all()
     assert any((p != q).any() for p, q in zip(model.parameters(), create_model('resnet8', 10, 1, 28, seed=0).parameters()))
+
+
+def test_training_that_cannot_be(tmp_path):
+    data, model = load_dataset('fashion_mini', 'train')[:40], create_model('resnet8', 10, 1, 28, seed=0)
+    np.savez(tmp_path/'more.npz', image=np.zeros((4, 28, 28, 1), np.uint8), label=np.arange(4))
+    for options, message in ((dict(aux_data=str(tmp_path/'more.npz'), aux_fraction=.5), 'aux_fraction = 0.5 is not allowed: train_on has the images'), (dict(batch_size=41), 'only 40 training images')):
+        with pytest.raises(ValueError, match=message): train_on(model, data, data, TrainConfig(**{**TINY, **options}))

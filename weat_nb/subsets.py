@@ -99,6 +99,7 @@ def train_on(
 )->list[dict[str, float]]: # an epoch's metrics a row: epoch, loss and those of `summarise`
     "Adversarial training on given images, measured on given images after every epoch"
     device, history = next(model.parameters()).device, []
+    if config.aux_fraction: raise ValueError(f'aux_fraction = {config.aux_fraction:g} is not allowed: train_on has the images that it is given; mix synthesised ones into them, or use fit')
     if len(train) < config.batch_size: raise ValueError(f'batch_size = {config.batch_size} is not allowed: there are only {len(train)} training images')
     step, optimizer = training_step(model, config)
     train, test = train.to(device), test.to(device)
