@@ -264,13 +264,13 @@ def _gave_up(failed:ChildFailedError, max_restarts:int)->WorkerError:
     return WorkerError(f'process {number} {what}, and there were {max_restarts} restarts already; is memory short?')
 
 def check_launch(
-    num_processes:int, # of `launch`, like the others
-    num_nodes:int,
-    node_rank:int,
-    rdzv_endpoint:str|None,
+    num_processes:int, # processes on this machine
+    num_nodes:int, # machines
+    node_rank:int, # number of this machine
+    rdzv_endpoint:str|None, # host:port on machine 0; needed by several machines
     device:str, # where the processes compute: one process may compute anywhere
 )->None:
-    "Refuse what could only end in waiting"
+    "Refuse arguments of `launch` that could only end in waiting"
     gpus = torch.cuda.device_count() if device == 'cuda' else num_processes
     for wrong, message in (
         (num_processes < 1, f'num_processes = {num_processes} is not allowed: it must be at least 1'),
