@@ -157,7 +157,8 @@ print(json.dumps(launch('distributed_workers:count', [{str(tmp_path)!r}, 4, 3], 
 @pytest.mark.parametrize('signal_', [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_workers_end_with_their_caller(signal_, tmp_path):
     code = f"from weat_nb.distributed import launch; launch('distributed_workers:sleeps', [{str(tmp_path)!r}], num_processes=1)"
-    caller = subprocess.Popen(script(code), env=dict(os.environ, PYTHONPATH=str(here), TMPDIR=str(tmp_path)), stderr=subprocess.PIPE, text=True)
+    caller = subprocess.Popen(script(code), env=dict(os.environ, PYTHONPATH=str(here), TMPDIR=str(tmp_path)), stderr=subprocess.PIPE, text=True,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a shell's background job, as pytest may be, ignores it
     try:
         end = time.monotonic() + 120
         while not (tmp_path/'0').exists() or not (tmp_path/'0').read_text(): assert time.monotonic() < end; time.sleep(.1)
