@@ -150,7 +150,7 @@ def test_class_energies():
     data, model = two_class_data(), nn.Sequential(nn.Flatten(), nn.Linear(36, 2)).requires_grad_(False)
     logits = model(to_float(data.images))
     assert torch.allclose(class_energies(model, data, batch_size=70), torch.stack([-logits[:200, 0].mean(), -logits[200:, 1].mean()]), atol=1e-5)
-    with pytest.raises(ValueError, match='has no image in'): class_energies(model, data[:200])
+    with pytest.raises(ValueError, match='has 0 images in toy: a mean energy needs at least 1'): class_energies(model, data[:200])
 
 
 # SGLD

@@ -15,7 +15,7 @@ FLAGS = ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-u
          '--no-first-run')
 LOOK = """
 const scrolls = e => e.tagName != 'MAIN' && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement))
-const images = [...document.images], equations = [...document.querySelectorAll('main math')]
+const images = [...document.images], equations = [...document.querySelectorAll('math')]
 return {broken: images.filter(i => !i.complete || i.naturalWidth == 0).map(i => i.src.slice(0, 80)), images: images.length, figures: document.querySelectorAll('figcaption').length,
         equations: document.querySelectorAll('math[display=block]').length, flat: equations.filter(e => e.getBoundingClientRect().width == 0).length,
         tex: equations.map(e => e.textContent).filter(t => /\\\\[a-zA-Z]/.test(t)), dangling: [...document.querySelectorAll('a[href^="#"]')].map(a => a.getAttribute('href').slice(1)).filter(id => id && !document.getElementById(decodeURIComponent(id))),
@@ -31,7 +31,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope='module')
 def looks(prepared, tmp_path_factory):
-    "What a browser says of each page, as narrow as a phone: there most goes wrong"
+    "What a browser says of each page, wide and as narrow as a phone"
     from selenium import webdriver
     from selenium.webdriver.support.ui import WebDriverWait
     out = tmp_path_factory.mktemp('site')
@@ -44,12 +44,15 @@ def looks(prepared, tmp_path_factory):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER)) as browser:
             found = {}
-            browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=390, height=844, deviceScaleFactor=1, mobile=True))
+            browser.set_window_size(1280, 900)
             for path in sorted(prepared.rglob('*.ipynb')):
                 name = path.relative_to(prepared).with_suffix('')
                 browser.get(f'http://127.0.0.1:{server.server_port}/{name}.html')
                 WebDriverWait(browser, 60).until(lambda b: b.execute_script("return document.readyState == 'complete' && [...document.images].every(i => i.complete)"))
-                found[str(name)] = dict(browser.execute_script(LOOK), title=browser.title, nb=json.loads(path.read_text()))
+                found[str(name)] = dict(wide=browser.execute_script(LOOK), title=browser.title, nb=json.loads(path.read_text()))
+                browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=390, height=844, deviceScaleFactor=1, mobile=True))
+                found[str(name)]['phone'] = browser.execute_script(LOOK)
+                browser.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
                 found[str(name)]['errors'] = [entry['message'] for entry in browser.get_log('browser') if entry['level'] == 'SEVERE']
         server.shutdown()
     return broken, found
@@ -58,8 +61,8 @@ def looks(prepared, tmp_path_factory):
 def test_links_lead_somewhere(looks):
     broken, found = looks
     assert not broken
-    assert not {name: look['dangling'] for name, look in found.items() if look['dangling']}
-    assert not {name: look['unlinked'] for name, look in found.items() if look['unlinked']} # a name that nbdev links inside a link
+    assert not {name: look['wide']['dangling'] for name, look in found.items() if look['wide']['dangling']}
+    assert not {name: look['wide']['unlinked'] for name, look in found.items() if look['wide']['unlinked']} # a name that nbdev links inside a link
 
 
 def test_pages_load(looks):
@@ -72,17 +75,17 @@ def test_figures_are_shown(looks):
     for name, look in looks[1].items():
         pictures = sum('image/png' in o.get('data', {}) for c in look['nb']['cells'] for o in c.get('outputs', []))
         captions = sum('#| fig-cap' in ''.join(c['source']) for c in look['nb']['cells'] if c['cell_type'] == 'code')
-        assert not look['broken'], (name, look['broken'])
-        assert look['images'] >= pictures and look['figures'] >= captions, name
+        assert not look['wide']['broken'], (name, look['wide']['broken'])
+        assert look['wide']['images'] >= pictures and look['wide']['figures'] >= captions, name
 
 
 def test_equations_are_shown(looks):
     for name, look in looks[1].items():
         text = '\n'.join(''.join(c['source']) for c in look['nb']['cells'] if c['cell_type'] == 'markdown')
-        assert look['equations'] >= len(re.findall(r'\$\$', text))//2, name
-        assert not look['tex'] and not look['flat'], (name, look['tex'], look['flat'])
+        assert look['wide']['equations'] >= len(re.findall(r'\$\$', text))//2, name
+        assert not look['wide']['tex'] and not look['wide']['flat'], (name, look['wide']['tex'], look['wide']['flat'])
 
 
 def test_pages_fit_a_phone(looks):
     "Nothing reaches beyond the screen but what can be scrolled by itself"
-    for name, look in looks[1].items(): assert look['overflow'] <= 1 and not look['wide'], (name, look['wide'][:3])
+    for name, look in looks[1].items(): assert look['phone']['overflow'] <= 1 and not look['phone']['wide'], (name, look['phone']['wide'][:3])

@@ -283,6 +283,7 @@ def test_real_cifar10(tmp_path):
     "A few updates on real images: train, resume, measure; what is kept is what was returned"
     config = TrainConfig(dataset='cifar10', arch='resnet8', epochs=2, num_train=128, num_val=20, attack_steps=1, batch_size=32, device='cpu')
     result = fit(config, tmp_path)
-    assert result.history[1]['updates'] == 8 and fit(config, tmp_path).taken_up == 2
+    assert result.history[1]['updates'] == 8 and 0 <= result.history[1]['pgd'] <= result.history[1]['clean'] <= 100
+    assert fit(config, tmp_path).taken_up == 2
     x = to_float(training_data(config)[1].images)
     with torch.no_grad(): assert torch.equal(load_checkpoint(tmp_path/'best.safetensors')[0](x), result.model(x))

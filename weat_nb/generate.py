@@ -124,8 +124,7 @@ class Start:
         cache:str|Path|None = None, # folder where the components of pca are kept; None keeps nothing
     ):
         if name not in STARTS: raise ValueError(f'start = {name!r} is not one of {", ".join(STARTS)}{suggest(name, STARTS)}')
-        counts = data.labels.bincount(minlength=data.num_classes)
-        if counts.min() < 2: raise ValueError(f'class {data.classes[int(counts.argmin())]!r} has {int(counts.min())} images in {data.name}: a start needs at least 2 of each class')
+        _check_members(data, 2, 'a start')
         self.name, self.data, self.sigma, self.noise_std = name, data, sigma, noise_std
         self.members = [data.images[data.labels == k] for k in range(data.num_classes)]
         generator = torch.Generator(data.images.device).manual_seed(seed)
@@ -161,6 +160,11 @@ def _check_classes(y:Tensor, num_classes:int)->None:
         raise TypeError(f'y must be an int64 tensor (N,) of class indices, given {getattr(y, "dtype", type(y).__name__)} {tuple(getattr(y, "shape", ()))}')
     if not 0 <= y.min() <= y.max() < num_classes: raise ValueError(f'y must lie in 0..{num_classes - 1}, it spans {int(y.min())}..{int(y.max())}')
 
+def _check_members(data:ImageData, least:int, what:str)->None:
+    "Each class has so many images"
+    counts = data.labels.bincount(minlength=data.num_classes)
+    if counts.min() < least: raise ValueError(f'class {data.classes[int(counts.argmin())]!r} has {int(counts.min())} images in {data.name}: {what} needs at least {least} of each class')
+
 def class_pca(
     data:ImageData, # images and labels
     retained_variance:float = .99, # share of the variance that is kept
@@ -170,9 +174,10 @@ def class_pca(
     def fit()->list[ClassPCA]: return [ClassPCA(data.images[data.labels == k], retained_variance) for k in range(data.num_classes)]
     if cache is None: return fit()
     path = Path(cache)/f'{data.name}-pca-{data.sha256()[:16]}-{float(retained_variance)!r}.safetensors'
-    if not path.exists(): save_tensors(path, {f'{k}.{name}': t for k, p in enumerate(fit()) for name, t in (('mean', p.mean), ('std', p.std), ('components', p.components))})
+    parts = ('mean', 'std', 'components')
+    if not path.exists(): save_tensors(path, {f'{k}.{name}': getattr(p, name) for k, p in enumerate(fit()) for name in parts})
     tensors = load_tensors(path, data.images.device)[0]
-    return [ClassPCA.of(data.images.shape[1:], *(tensors[f'{k}.{name}'] for name in ('mean', 'std', 'components'))) for k in range(data.num_classes)]
+    return [ClassPCA.of(data.images.shape[1:], *(tensors[f'{k}.{name}'] for name in parts)) for k in range(data.num_classes)]
 
 # %% ../nbs/08_generate.ipynb #7333ae73
 SGLD_PRESETS = { # Table C; noise_std is its "noise variance γ", which the authors' code uses as a standard deviation
@@ -268,8 +273,7 @@ def class_energies(
 )->Tensor: # (K,) in nats
     "Mean joint energy of the images of each class: the level at which a sample looks like its class to the model"
     frozen, device = FrozenCopy(model), next(model.parameters()).device
-    absent = (data.labels.bincount(minlength=data.num_classes) == 0).nonzero().flatten().tolist()
-    if absent: raise ValueError(f'class {data.classes[absent[0]]!r} has no image in {data.name}: its mean energy is not known')
+    _check_members(data, 1, 'a mean energy')
     energy = torch.cat([joint_energy(frozen(x), y) for x, y in batches(data.to(device), batch_size)])
     return torch.stack([energy[data.labels.to(device) == k].mean() for k in range(data.num_classes)])
 

@@ -203,12 +203,12 @@ def load_pretrained(
     device:str|torch.device = "cpu", # where the network goes
 )->nn.Module: # logits (B, K) from images in [0, 1]; in eval mode
     "A trained network by name, its file checked against its SHA-256"
-    name = os.fspath(name)
-    if name.startswith("robustbench:"): model = _robustbench(name.removeprefix("robustbench:"), None if _is_address(root) else root)
+    name, folder = os.fspath(name), None if _is_address(root) else root # an address holds the caller's own networks only
+    if name.startswith("robustbench:"): model = _robustbench(name.removeprefix("robustbench:"), folder)
     elif name.endswith(".safetensors") or Path(name).is_file(): model, _ = load_checkpoint(name)
     elif name in PUBLIC_MODELS:
         row = PUBLIC_MODELS[name]
-        path = _check_sha256(_public_file(row, None if _is_address(root) else root), row.sha256)
+        path = _check_sha256(_public_file(row, folder), row.sha256)
         normalisation:dict[str, Any] = dict(zip(("mean", "std"), row.normalisation or ()))
         model = load_weights(path, row.arch, **normalisation)
     else:

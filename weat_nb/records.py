@@ -131,9 +131,9 @@ def measured_table(
     for group in groups.values():
         training, first, arithmetic = _training(group[0]), group[0], Counter(_training(record).get('precision') for record in group)
         images = {column: '/'.join(map(str, counts)) for a, column in columns.items() if (counts := sorted({r['num_images'] for record in group for r in record['results'] if r['attack'] == a}))}
-        data, radius = first['data']['dataset'], _ball(first)[0]
-        if first['data']['split'] != 'test': data += f", {first['data']['split']} images"
-        if radius and sum(name == first['data']['dataset'] for name, _ in radii) > 1: data += f', ε = {radius:.3g}'
+        dataset, split, radius = first['data']['dataset'], first['data']['split'], _ball(first)[0]
+        data = dataset if split == 'test' else f'{dataset}, {split} images'
+        if radius and sum(name == dataset for name, _ in radii) > 1: data += f', ε = {radius:.3g}'
         rows.append({'data': data, 'objective': training.get('objective') or first['model']['name'], 'network': first['model']['arch'], 'epochs': training.get('epochs'), 'seeds': len(group),
                      **{column: _cell(group, a) for a, column in columns.items()},
                      'images': next(iter(images.values())) if len(set(images.values())) == 1 else ', '.join(f'{n} {column}' for column, n in images.items()),

@@ -246,7 +246,8 @@ def _check_snapshots(run:Path, epochs:Collection[int], chosen:Tensor, done:int)-
 class NonFiniteError(RuntimeError):
     "The loss or a gradient is NaN or infinite"
 
-_ADVICE = 'Lower lr, or take precision float32; what a run folder holds of the epochs before is kept'
+_KEPT = 'what a run folder holds of the epochs before is kept'
+_ADVICE = f'Lower lr, or take precision float32; {_KEPT}'
 
 def check_finite(
     model:nn.Module, # with gradients
@@ -267,7 +268,7 @@ def _fits_in_memory(where:str, config:TrainConfig)->Iterator[None]:
     try: yield
     except torch.OutOfMemoryError as e:
         raise MemoryError(f'{where}: a batch of {config.batch_size} images does not fit into the memory of {config.device}. Lower batch_size, '
-                          'take precision bf16, or share the batch among more devices by num_processes; what a run folder holds of the epochs before is kept') from e
+                          f'take precision bf16, or share the batch among more devices by num_processes; {_KEPT}') from e
 
 def training_step(
     model:nn.Module, # to train, on its device
