@@ -156,7 +156,7 @@ RUBBISH = { # what is of the right type, and makes no sense
         (dict(attacks=','), "attacks = ',' names no attack"), (dict(attacks='pgd-0'), "attacks = 'pgd-0' is not allowed"), (dict(mean='.5,x', std='.2'), "mean = '.5,x' is not allowed.*a number for each channel"),
         (dict(mean='.5', std='0'), "std = '0' is not allowed.*above 0"), (dict(mean='nan', std='1'), "mean = 'nan' is not allowed"), (dict(mean='.5'), 'mean = .* and std = None go together'),
         (dict(state='.'), "state = '.' is not allowed: it is a folder")],
-    '10_speed': [(dict(checkpoint='not.there'), "checkpoint = 'not.there' is not allowed: there is no such file, and the names at hand are"), (dict(dataset='cifar10'), 'checkpoint = .* is not allowed: it is for 10 classes and 1 channels, and cifar10 has 10 and 3'), (dict(objective='standard'), "objective = 'standard' is not allowed.*one of sat")],
+    '10_speed': [(dict(checkpoint='not.there'), "checkpoint = 'not.there' is not allowed: there is no such file, and the names at hand are"), (dict(dataset='cifar10'), 'checkpoint = .* is not allowed: it is for 10 classes and 1 channels, and cifar10 has 10 and 3'), (dict(objectives='trades,standard'), "objectives = 'trades,standard' is not allowed.*one or more of sat")],
     '11_single_step': [
         (dict(objectives='sat trades'), "objectives = 'sat trades' is not allowed.*one or more of sat, mart, der, der_single_step"), (dict(step_ratio=5.), 'step_ratio = 5 is not allowed: with eps = 0.3 it must be at most 3.33333'),
         (dict(objectives='sat', beta=2), 'beta = 2 is not allowed: sat has no second term'), (dict(num_train=10**6), 'num_train = 1000000 is not allowed: fashion_mini has 8000')],

@@ -1,5 +1,6 @@
 "The fast update: equal to the reference, and safe on what it is given"
 import os
+import shutil
 from multiprocessing import get_context
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 
 from weat_nb.models import create_model
-from weat_nb.step import FrozenCopy, StepConfig, TrainStep, exact_float32, forward_cost, forward_passes, reference_step
+from weat_nb.step import FrozenCopy, SideBySideConv2d, StepConfig, TrainStep, exact_float32, forward_cost, forward_passes, reference_step, side_by_side
+from weat_nb.train import TrainConfig
 
 RADII = dict(eps=8/255, step_size=2/255, steps=3)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
@@ -215,3 +217,72 @@ def precisions(switch):
 def test_float32_is_float32_whatever_the_caller_switched(switch):
     with get_context('fork').Pool(1) as pool: before, inside, after = pool.apply(precisions, (switch,))
     assert set(inside) <= {'ieee', 'none'} and after == before
+
+
+@pytest.mark.parametrize('objective', ['weat_adv', 'sat'])
+def test_small_maps_side_by_side_change_nothing(objective):
+    "The last stage of a ResNet-18 in float64: attack, loss, gradients and statistics; the model is given back as it was"
+    x, y = images(dtype=torch.float64)
+    models = [trained('resnet18', torch.float64) for _ in range(2)]
+    configs = [StepConfig(channels_last=True, side_by_side=on) for on in (False, True)]
+    seen, forward = [], SideBySideConv2d._images
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SideBySideConv2d, '_images', lambda conv, z: seen.append(forward(conv, z)) or seen[-1])
+        losses = [TrainStep(m, objective, **RADII, config=c)(x, y, generator=torch.Generator().manual_seed(1)) for m, c in zip(models, configs)]
+    assert set(seen) == {1, 8}
+    assert torch.allclose(*losses, rtol=1e-10)
+    for a, b in zip(*(m.parameters() for m in models)): assert torch.allclose(a.grad, b.grad, atol=1e-9)
+    for a, b in zip(*(m.buffers() for m in models)): assert torch.allclose(a, b, atol=1e-9)
+    assert not any(isinstance(m, SideBySideConv2d) for m in models[1].modules())
+
+
+@pytest.mark.parametrize('options', [dict(stride=3, padding=1), dict(stride=(1, 2), padding=1), dict(kernel_size=5, padding=2, stride=2), dict(kernel_size=(1, 3), padding=(0, 1))])
+@pytest.mark.parametrize('size', [(3, 3), (2, 5)])
+def test_any_convolution_of_a_small_map(options, size):
+    x = torch.rand(6, 400, *size, dtype=torch.float64).to(memory_format=torch.channels_last)
+    conv = nn.Conv2d(400, 4, **{'kernel_size': 3, **options}).double()
+    plain = conv(x)
+    with side_by_side(conv):
+        assert conv._images(x) == 2
+        assert torch.allclose(conv(x), plain, atol=1e-12)
+
+
+@pytest.mark.parametrize('options', [dict(padding='same'), dict(padding=0), dict(padding=2, dilation=2), dict(padding=1, groups=2), dict(padding=1, padding_mode='circular')])
+def test_other_convolutions_stay_as_they_are(options):
+    x = torch.rand(4, 300, 4, 4).to(memory_format=torch.channels_last)
+    conv = nn.Conv2d(300, 4, 3, **options)
+    plain = conv(x)
+    with side_by_side(conv): assert conv._images(x) == 1 and torch.equal(conv(x), plain)
+    with pytest.raises(KeyError), side_by_side(conv): raise KeyError
+    assert type(conv) is nn.Conv2d
+    model = nn.Sequential(Standardised(300, 4, 3))
+    with side_by_side(model): assert type(model[0]) is Standardised
+
+
+def test_first_step_in_bf16_has_the_logits_of_float32():
+    "Their gradient is that of the bf16 copy"
+    x, y = images()
+    step = TrainStep(trained('resnet8'), 'weat_adv', **RADII, config=StepConfig(channels_last=True, bf16=True))
+    z = x.clone().requires_grad_()
+    logits, fast = step._exact_logits(z), step.fast(z)
+    with torch.no_grad(): assert torch.allclose(logits, step.exact(x), atol=1e-6) and not torch.allclose(fast, step.exact(x), atol=1e-3)
+    assert torch.equal(*(torch.autograd.grad(out[:, 0].sum(), z)[0] for out in (logits, fast)))
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
+def test_compiled_attack_is_the_attack():
+    "And it follows the weights"
+    x, y = images()
+    model = trained('resnet8', torch.float64)
+    steps = [TrainStep(model, 'weat_adv', **RADII, config=StepConfig(compile=on)) for on in (False, True)]
+    for _ in range(2):
+        plain, compiled = (step.attack(x.double(), y, torch.Generator().manual_seed(0)) for step in steps)
+        assert torch.allclose(plain, compiled, atol=1e-9)
+        with torch.no_grad():
+            for p in model.parameters(): p.mul_(1.1)
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
+    with pytest.raises(ValueError, match='compile=True needs a C.. compiler on a CPU.*install g'): TrainStep(create_model('resnet8', 10), 'sat', **RADII, config=StepConfig(compile=True))
+    with pytest.raises(ValueError, match='compile=True needs'): TrainConfig(compile=True, device='cpu') # before anything is written

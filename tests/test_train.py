@@ -1,6 +1,7 @@
 "Training: resume, refusals and the data of a run"
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +54,15 @@ def test_same_seed_same_weights(tmp_path):
     assert torch.equal(same, again) and not torch.equal(same, other)
     assert (tmp_path/'0/metrics.jsonl').read_bytes() == (tmp_path/'1/metrics.jsonl').read_bytes()
     assert (tmp_path/'0/metrics.jsonl').read_bytes() != (tmp_path/'2/metrics.jsonl').read_bytes()
+
+
+def test_a_compiler_is_used_and_makes_no_other_run(tmp_path, monkeypatch):
+    seen, config = [], dict(epochs=1, **TINY)
+    monkeypatch.setattr(torch, 'compile', lambda m: seen.append(m) or m)
+    monkeypatch.setattr(shutil, 'which', lambda name: name)
+    plain, compiled = (fit(TrainConfig(compile=on, **config), tmp_path/str(on)) for on in (False, True))
+    assert len(seen) == 1 and plain.history == compiled.history
+    assert fit(TrainConfig(compile=False, **config), tmp_path/'True').taken_up == 1
 
 
 def test_a_restored_momentum_lies_as_its_weights(tmp_path):

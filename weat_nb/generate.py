@@ -213,8 +213,7 @@ def sgld(
 )->Samples:
     "Descend the joint energy by SGLD with momentum: ν ← ζν − (η/2)∇E(x, y), x ← clip(x + ν + noise)"
     _check_sgld(x0, y, steps, step_size, friction, noise_std, generator, stop_energy, keep, config, batch_size)
-    frozen = FrozenCopy(model, torch.bfloat16 if config.bf16 else None, config.channels_last, config.fold)
-    if config.compile: frozen.forward = torch.compile(frozen.model)
+    frozen = FrozenCopy(model, torch.bfloat16 if config.bf16 else None, config.channels_last, config.fold, config.side_by_side, config.compile)
     levels, parts = torch.full_like(y, -math.inf, dtype=torch.float32) if stop_energy is None else stop_energy, []
     for x, labels, level in zip(*(t.split(batch_size) for t in (x0.detach(), y, levels))):
         velocity, energies, frames, moving = torch.zeros_like(x), [], [], torch.ones_like(labels, dtype=torch.bool)

@@ -38,7 +38,7 @@ from .losses import OBJECTIVES
 from .models import ARCHS, create_model
 from .params import check_params, param, resolve_device
 from .runs import Progress, best_row, lock_run, open_run, read_lines, write_lines
-from .step import FrozenCopy, StepConfig, TrainStep, exact_float32, forward_cost, forward_passes
+from .step import FrozenCopy, StepConfig, TrainStep, check_compiler, exact_float32, forward_cost, forward_passes
 
 # %% ../nbs/04_train_weat.ipynb #fa3ce0a4
 _PAPER = dict(arch='resnet18', epochs=100, eps=8/255, step_size=2/255, attack_steps=10, batch_size=128, lr=.1, weight_decay=5e-4, num_val=1000)
@@ -78,6 +78,7 @@ class TrainConfig:
     seed:int = param(int, 'seed of all randomness', default=0, low=0, high=2**31 - 1)
     device:str = param(str, 'where to compute', default='auto', choices=('auto', 'cuda', 'mps', 'cpu'))
     precision:str = param(str, 'arithmetic of training', choices=('float32', 'bf16'))
+    compile:bool = param(bool, 'compile the network that is attacked', default=False)
     root:str|None = param(str, 'folder of the data sets', path='new folder')
     aux_data:str|None = param(str, '.npz of synthesised images')
     aux_fraction:float = param(float, 'share of each batch drawn from aux_data', default=0., low=0, high=.95)
@@ -97,6 +98,7 @@ class TrainConfig:
         if self.aux_data: object.__setattr__(self, 'aux_data', os.path.expanduser(self.aux_data))
         if self.aux_data and not Path(self.aux_data).is_file(): raise FileNotFoundError(f'aux_data = {self.aux_data!r}: there is no such file')
         object.__setattr__(self, 'device', resolve_device(self.device))
+        if self.compile: check_compiler(self.device)
         defaults['precision'] = 'bf16' if self.device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
         for name, value in defaults.items():
             if getattr(self, name) is None: object.__setattr__(self, name, value)
@@ -108,8 +110,8 @@ class TrainConfig:
         return round(self.aux_fraction*self.batch_size)
 
     def identity(self)->dict[str, Any]:
-        "What makes two runs the same run: every field but where the data lie and where it is computed"
-        own = {f.name: getattr(self, f.name) for f in fields(TrainConfig) if f.name not in ('root', 'device')}
+        "What makes two runs the same run: every field but where the data lie, where it is computed and whether a compiler helps"
+        own = {f.name: getattr(self, f.name) for f in fields(TrainConfig) if f.name not in ('root', 'device', 'compile')}
         return {**own, 'aux_data': self.aux_data and f'sha256:{_sha256(self.aux_data, os.stat(self.aux_data).st_mtime_ns)}'} # the images, wherever the file lies
 
 @lru_cache
@@ -276,7 +278,7 @@ def training_step(
 )->tuple[TrainStep, torch.optim.Optimizer]: # the update short of the optimiser, and SGD
     "What updates a model as its config says (supplement A.6)"
     step = TrainStep(model, config.objective, beta=config.beta, eps=config.eps, step_size=config.step_size, steps=config.attack_steps,
-                     config=StepConfig.choose(config.device, config.precision))
+                     config=StepConfig.choose(config.device, config.precision, config.compile))
     return step, torch.optim.SGD(model.parameters(), lr=config.lr, momentum=.9, weight_decay=config.weight_decay, fused=config.device == 'cuda')
 
 def train_epoch(
