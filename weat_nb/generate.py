@@ -39,7 +39,9 @@ class ClassPCA:
         x, n = x - self.mean, len(x)
         wide = x.shape[1] > n # fewer images than pixels: the n × n matrix has the same eigenvalues and is smaller
         products = (x@x.T if wide else x.T@x)/(n - 1)
-        values, vectors = (t.to(x.device) for t in torch.linalg.eigh(products if x.is_cuda else products.cpu())) # ascending; MPS has no eigh
+        products = products if x.is_cuda else products.cpu() # MPS has no eigh
+        if len(products) > 2895: products = products.double() # the size of LAPACK's workspace is a float32, too, and is rounded beyond: torch 2.6 fails
+        values, vectors = (t.to(x.dtype).to(x.device) for t in torch.linalg.eigh(products)) # ascending
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         enough = int((values.cumsum(0) < retained_variance*values.sum()).sum()) + 1 # the first that reach it
         k = max(1, min(enough, int((values > 1e-6*values[0]).sum()))) # below this float32 sees rounding only
