@@ -39,8 +39,8 @@ class ClassPCA:
         x, n = x - self.mean, len(x)
         wide = x.shape[1] > n # fewer images than pixels: the n × n matrix has the same eigenvalues and is smaller
         products = (x@x.T if wide else x.T@x)/(n - 1)
-        products = products if x.is_cuda else products.cpu() # MPS has no eigh
-        if len(products) > 2895: products = products.double() # the size of LAPACK's workspace is a float32, too, and is rounded beyond: torch 2.6 fails
+        if not x.is_cuda: # MPS has no eigh; of more than 2,895 rows LAPACK tells the size of its workspace rounded to float32, with which torch 2.6 fails
+            products = products.cpu().to(torch.float64 if len(products) > 2895 else products.dtype)
         values, vectors = (t.to(x.dtype).to(x.device) for t in torch.linalg.eigh(products)) # ascending
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         enough = int((values.cumsum(0) < retained_variance*values.sum()).sum()) + 1 # the first that reach it
@@ -215,7 +215,7 @@ def sgld(
 )->Samples:
     "Descend the joint energy by SGLD with momentum: ν ← ζν − (η/2)∇E(x, y), x ← clip(x + ν + noise)"
     _check_sgld(x0, y, steps, step_size, friction, noise_std, generator, stop_energy, keep, config, batch_size)
-    frozen = FrozenCopy(model, torch.bfloat16 if config.bf16 else None, config.channels_last, config.fold, config.side_by_side, config.compile)
+    frozen = config.copy_of(model, torch.bfloat16 if config.bf16 else None)
     levels, parts = torch.full_like(y, -math.inf, dtype=torch.float32) if stop_energy is None else stop_energy, []
     for x, labels, level in zip(*(t.split(batch_size) for t in (x0.detach(), y, levels))):
         velocity, energies, frames, moving = torch.zeros_like(x), [], [], torch.ones_like(labels, dtype=torch.bool)

@@ -229,7 +229,14 @@ class StepConfig:
     )->'StepConfig':
         "A choice for this kind of device: measured on a CPU, not yet on a GPU"
         bf16 = precision == 'bf16'
-        return cls(channels_last=bf16 or device == 'cuda', bf16=bf16, compile=compile, graph=device == 'cuda')
+        return cls(channels_last=bf16 or device == 'cuda', side_by_side=device == 'cpu', bf16=bf16, compile=compile, graph=device == 'cuda')
+
+    def copy_of(self,
+        model:nn.Module, # logits from images in [0, 1]
+        dtype:torch.dtype|None = None, # arithmetic of the copy; None: the model's
+    )->FrozenCopy: # what is attacked
+        "A frozen copy with these tricks"
+        return FrozenCopy(model, dtype, self.channels_last, self.fold, self.side_by_side, self.compile)
 
 # %% ../nbs/10_speed.ipynb #b0bf4bba
 def _without_tf32(read:Callable[[], Any], write:Callable[[Any], Any], exact:Any, newer:Any)->Callable[[], Any]:
@@ -281,9 +288,8 @@ class TrainStep:
         self.exact:FrozenCopy|None = None # what is attacked, where the objective attacks
         self.fast:FrozenCopy|None = None
         if self.objective.attack:
-            copied = partial(FrozenCopy, model, channels_last=config.channels_last, fold=config.fold, side_by_side=config.side_by_side, compile=config.compile)
-            self.exact = copied()
-            self.fast = copied(torch.bfloat16) if config.bf16 else self.exact
+            self.exact = config.copy_of(model)
+            self.fast = config.copy_of(model, torch.bfloat16) if config.bf16 else self.exact
 
     def attack(self,
         x:Tensor, # (B, C, H, W) images in [0, 1]
