@@ -73,6 +73,16 @@ def test_figures_have_captions(pages):
                 assert dict(head).get('label', '').startswith('fig-') and len(dict(head).get('fig-cap', '').split()) > 3, (path.name, ''.join(c['source'])[:200])
 
 
+def test_a_figure_is_one_image(pages):
+    "Quarto gives a cell's caption to its first image; with fig-subcap it loses that of a lone one"
+    for path, nb in pages.items():
+        for c in nb['cells']:
+            source = ''.join(c['source'])
+            assert not re.search(r'^#\|\s*fig-subcap', source, re.MULTILINE), (path.name, source[:80])
+            if re.search(r'^#\|\s*label:\s*fig-', source, re.MULTILINE):
+                assert sum('data' in o for o in c['outputs']) == 1, (path.name, source[:80])
+
+
 def test_citations(pages):
     "Every citation has its entry, and every entry is cited"
     entries = bibliography()

@@ -17,8 +17,9 @@ from torch import nn
 
 from weat_nb.data import ImageData, load_dataset, to_float
 from weat_nb.evaluate import EvaluationWarning, _result, attack_batch, evaluate, hardware, load_model, weights_sha256
+from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
-from weat_nb.records import measured_table, paper_table, read_records, record_rows
+from weat_nb.records import PAPER_RESULTS, measured_table, not_run_yet, paper_numbers, paper_table, read_records, record_rows
 from weat_nb.runs import lock_file
 
 root = Path(__file__).parent.parent
@@ -212,7 +213,57 @@ def test_records_of_one_model_are_one_row():
     assert [r['data'] for r in measured_table(mine[:2])] == ['cifar10'] # one ball need not be named
     mine.append(record('a', 8/255, 'train', clean=99., **{'pgd-20': 80.}))
     assert [(r['data'], r['PGD-20']) for r in measured_table(mine)][-1] == ('cifar10, train images, ε = 0.0314', '80.0') # and no part of the others
-    assert next(r for r in paper_table(mine) if (r['data'], r['objective']) == ('cifar10', 'sat'))['AutoAttack, here'] == '45.0'
+    assert [(r['data'], r['objective'], r['AutoAttack, ours']) for r in paper_table(mine)] == [('cifar10', 'sat', '45.0')]
+
+
+def record_of(training, dataset='cifar10', **accuracies):
+    "Of a ResNet-18 in the paper's ball"
+    settings = training and dict(eps=8/255, epochs=100, seed=0, precision='bf16') | training
+    results = [dict(attack=a, num_images=1000, eps=8/255, accuracy=v) for a, v in (accuracies or {'pgd-20': 50.}).items()]
+    return dict(model=dict(name='run', arch='resnet18', training=settings), data=dict(dataset=dataset, split='test'), results=results)
+
+
+def test_rows_stand_in_the_order_of_the_objectives(tmp_path):
+    "One from outside after them, a model of unknown training last; in the table as in the list"
+    names = [*OBJECTIVES, 'a_loss_of_ones_own', None]
+    for i, name in enumerate(reversed(names)):
+        (tmp_path/f'{i:02}.json').write_text(json.dumps(record_of(name and dict(objective=name))))
+    records = read_records(tmp_path)
+    assert [(r['model']['training'] or {}).get('objective') for r in records] == names
+    assert [r['objective'] for r in measured_table(records)] == [*names[:-1], 'run']
+
+
+SIX = ['sat', 'trades', 'mart', 'mail_trades', 'weat_nat', 'weat_adv']
+
+
+def test_only_what_was_measured_stands_beside_the_paper():
+    "Runs of other settings are no seeds of one; a shorter run and a run without its attacks are no rows"
+    both = {'pgd-20': 50., 'autoattack': 45.}
+    mine = [record_of(dict(objective='sat'), **both), record_of(dict(objective='sat', seed=1, precision='float32'), **both),
+            record_of(dict(objective='sat', epochs=2), autoattack=9.), record_of(dict(objective='mart', beta=5.)),
+            record_of(dict(objective='mart', beta=7.)), record_of(dict(objective='trades'), cw=50.), record_of(dict(objective='der'), **both)]
+    sat, five, seven = paper_table(mine)
+    assert sat == {'data': 'cifar10', 'objective': 'sat', 'PGD, paper': '49.03', 'PGD-20, ours': '50.0 ± 0.0', 'AutoAttack, paper': '45.37',
+                   'AutoAttack, ours': '45.0 ± 0.0', 'epochs, ours': 100, 'seeds, ours': 2}
+    for row, beta in ((five, 5.), (seven, 7.)):
+        assert row == {'data': 'cifar10', 'objective': 'mart', 'PGD, paper': 'not known', 'PGD-20, ours': '50.0', 'AutoAttack, paper': 'not known',
+                       'AutoAttack, ours': 'not run yet', 'epochs, ours': 100, 'seeds, ours': 1, 'settings, ours': f'beta = {beta}'}
+
+
+def test_the_runs_that_are_missing_are_a_sentence():
+    everything = [dict(data=d, objective=o) for d in PAPER_RESULTS for o in SIX]
+    assert not_run_yet([]) == f"Not run yet: 24 of the 24 runs of the paper's table: {', '.join(SIX)} on cifar10, cifar100, svhn, tiny_imagenet."
+    assert not_run_yet(everything[:1]) == ("Not run yet: 23 of the 24 runs of the paper's table: "
+                                           f"{', '.join(SIX[1:])} on cifar10; {', '.join(SIX)} on cifar100, svhn, tiny_imagenet.")
+    assert not_run_yet(everything) == "All 24 runs of the paper's table have been run."
+
+
+def test_the_papers_numbers_are_all_shown_once():
+    rows = paper_numbers()
+    shown = {(d, r['PGD / AutoAttack (%)']): r[d] for r in rows for d in PAPER_RESULTS}
+    assert list(shown) == [(d, o) for o in SIX for d in PAPER_RESULTS]
+    assert [shown[key] for key in (('cifar10', 'weat_adv'), ('tiny_imagenet', 'mart'), ('svhn', 'mart'))] == ['53.35 / 49.75', '– / 17.79', '– / –']
+    assert sum(cell.count('.') for cell in shown.values()) == sum(v is not None for d in PAPER_RESULTS.values() for pair in d.values() for v in pair)
 
 
 def test_cw_that_breaks_every_image():
@@ -365,9 +416,10 @@ def test_results_page_shows_the_records(tmp_path):
     tables = [[''.join(o['data']['text/markdown']) for c in json.loads(p.read_text())['cells'] for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})] for p in (results, tmp_path/'out.ipynb')]
     assert tables[0] == tables[1], 'run the page again: papermill --cwd nbs/results nbs/results/index.ipynb nbs/results/index.ipynb && nbdev-clean'
     records = read_records(results.parent/'records')
-    measured, _, paper, listed = tables[0]
-    assert [measured, paper] == [measured_table(records)._repr_markdown_(), paper_table(records)._repr_markdown_()]
-    assert len(listed.splitlines()) == len(records) + 2 and 'wanted' in paper
+    (measured, _, numbers, missing, *paper, listed), ours = tables[0], paper_table(records)
+    assert [measured, numbers] == [table._repr_markdown_() for table in (measured_table(records), paper_numbers())]
+    assert missing == not_run_yet(ours)
+    assert paper == ([ours._repr_markdown_()] if ours else []) and len(listed.splitlines()) == len(records) + 2
 
 
 def test_records_hold_no_paths_of_machines():

@@ -6,7 +6,7 @@ import pytest
 from test_notebooks import tables
 
 from weat_nb.grid import notebook_parameters, read_grid
-from weat_nb.records import measured_table, read_records
+from weat_nb.records import measured_table, not_run_yet, read_records
 from weat_nb.train import TrainConfig
 
 yaml = pytest.importorskip('yaml')
@@ -29,6 +29,14 @@ def test_a_file_is_the_protocol(path):
     assert config.identity() == TrainConfig(dataset=config.dataset, objective=config.objective, arch='resnet18', device='cpu').identity()
 
 
+@pytest.mark.parametrize('path', sorted((root/'experiments').glob('*.yaml')), ids=lambda p: p.stem)
+def test_a_file_says_its_protocol(path):
+    assert any(line.startswith('# protocol: paper (the default)') for line in path.read_text().splitlines())
+    grid = path.stem.startswith('grid')
+    given = [run.stages[0].given for run in read_grid(path).runs] if grid else [yaml.safe_load(path.read_text())]
+    for parameters in given: assert TrainConfig(**parameters, device='cpu').protocol == 'paper'
+
+
 def test_supplement_a3():
     "The numbers that A.3 prints, checked against the files and not against the code that they are compared with above"
     given = {p.stem: yaml.safe_load(p.read_text()) for p in files}
@@ -44,6 +52,21 @@ def test_the_grid_is_the_files():
     wanted = [TrainConfig(**yaml.safe_load(p.read_text()), device='cpu').identity() for p in files]
     assert sorted(map(json.dumps, found)) == sorted(map(json.dumps, wanted))
     assert len(read_grid(root/'experiments/grid_fashion_mini.yaml').runs) == 8
+
+
+def test_the_page_says_what_has_been_run():
+    "A run counts once it was trained with every value of its file; its seeds are counted, not its evaluations"
+    sources = [''.join(c['source']) for c in json.loads((root/'nbs/experiments.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
+    start = next(i for i, s in enumerate(sources) if 'def seeds(' in s)
+    page = {}
+    for source in sources[:start + 1]: exec(source, page)
+    config = TrainConfig(dataset='svhn', objective='mart', arch='resnet18', device='cpu')
+    def record(**training): return dict(model=dict(training=config.identity() | training), results=[])
+    page['records'] = [record(seed=0), record(seed=0), record(seed=1), record(seed=2, epochs=2), record(seed=3, beta=6.)]
+    exec(sources[start + 1], page)
+    assert [(r['data'], r['objective'], r['seeds']) for r in page['done']] == [('svhn', 'mart', 2)]
+    everything = not_run_yet([dict(data=d, objective=o) for d, o in ROWS])
+    assert everything.startswith('All 24 runs') and not_run_yet(page['done']).startswith('Not run yet: 23 of the 24 runs')
 
 
 def test_the_first_page_is_up_to_date():

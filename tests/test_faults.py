@@ -28,6 +28,7 @@ from weat_nb.checkpoints import CheckpointError, load_checkpoint, load_tensors, 
 from weat_nb.data import load_images
 from weat_nb.evaluate import evaluate
 from weat_nb.models import create_model
+from weat_nb.plots import Table
 from weat_nb.pretrained import publish_model, read_state_dict
 from weat_nb.runs import lock_run, read_lines, write_file
 from weat_nb.step import TrainStep
@@ -51,7 +52,8 @@ def test_the_page_says_what_the_tests_inject():
         assert f'def {name}(' in (here/file).read_text(encoding='utf-8'), f'{r["test"]} is gone: delete its rows from {FAULTS.name}'
     cells = json.loads((here.parent/'nbs/parts/faults.ipynb').read_text(encoding='utf-8'))['cells']
     shown = [''.join(o['data']['text/markdown']).splitlines()[2:] for c in cells if c['cell_type'] == 'code' for o in c['outputs']]
-    wanted = [f"| {r['fault']} | {r['times']} | {r['outcome']} | `{r['test'].split('::')[1]}` |" for r in rows]
+    table = Table([dict(fault=r['fault'], times=r['times'], outcome=r['outcome'], test=f"`{r['test'].split('::')[1]}`") for r in rows])
+    wanted = table._repr_markdown_().splitlines()[2:]
     assert [line for table in shown for line in table] == wanted, 'run nbdev-test nbs/parts/faults.ipynb --save && nbdev-clean'
 
 

@@ -7,7 +7,7 @@ from weat_nb.attacks import attack
 from weat_nb.data import batches, load_dataset
 from weat_nb.energy import delta_energy
 from weat_nb.landscapes import (
-    _apart, attack_claims, attack_energies, attack_table, auroc, between, energy_record, over_batches, plot_attack_histograms,
+    FIXED_STEPS, _apart, attack_claims, attack_energies, attack_table, auroc, between, energy_record, overlap, over_batches, plot_attack_histograms,
     plot_steps, plot_violins, robustness_claim, shift, short_name, steps_claims, steps_energies, tidy_energies, valley)
 from weat_nb.models import create_model
 from weat_nb.plots import axes
@@ -82,9 +82,9 @@ def test_energies_are_those_of_the_attack_called_directly(model, data, name, opt
     assert start == len(found['energy_nat']) == 10
 
 
-@pytest.mark.parametrize('loss, name', [('ce', 'pgd'), ('kl', 'trades')])
-def test_the_last_step_is_the_registry_s_attack(model, data, loss, name):
-    study = steps_energies(model, data, loss, (0, 1, 3), eps=EPS, step_size=.03, seed=2, batch_size=10)
+@pytest.mark.parametrize('name', FIXED_STEPS)
+def test_the_last_step_is_the_registry_s_attack(model, data, name):
+    study = steps_energies(model, data, name, (0, 1, 3), eps=EPS, step_size=.03, seed=2, batch_size=10)
     direct = attack_energies(model, data, name, eps=EPS, seed=2, batch_size=10, steps=3, step_size=.03)
     assert study['energy'].shape == (3, 10)
     for k, v in between(study).items(): assert torch.equal(v, direct[k]), k
@@ -95,7 +95,7 @@ def test_the_model_is_left_as_it_was(model, data):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
     attack_energies(model, data, 'pgd', eps=EPS, steps=1)
-    steps_energies(model, data, 'kl', (0, 1), eps=EPS, step_size=.03)
+    steps_energies(model, data, 'trades', (0, 1), eps=EPS, step_size=.03)
     assert model.training and all(p.grad is None and p.requires_grad for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(torch.get_rng_state(), state)
 
@@ -129,7 +129,7 @@ def test_one_image_and_the_last_dimension(data):
 
 @pytest.mark.parametrize('counts', [(), (2, 1), (1, 1), (-1, 2)])
 def test_wrong_counts(model, data, counts):
-    with pytest.raises(ValueError, match='ascending'): steps_energies(model, data, 'ce', counts, eps=EPS, step_size=.03)
+    with pytest.raises(ValueError, match='ascending'): steps_energies(model, data, 'pgd', counts, eps=EPS, step_size=.03)
 
 
 def test_tidy_rows(model, data):
@@ -146,39 +146,60 @@ def test_shift_is_negative_to_the_left():
     assert mean == pytest.approx(-3, abs=.3) and error == pytest.approx(2**.5/20, rel=.15)
 
 
-def verdicts(rows): return {r['claim']: r['held'] for r in rows}
+def verdicts(rows): return {r['claim']: r['verdict'] for r in rows}
 
 
-def test_claims_hold_where_they_are_true_and_not_where_they_are_false():
+def test_claims_are_supported_where_they_are_true_and_not_where_they_are_false():
     bimodal = record(move=-3, correct=.3)
     bimodal['joint_adv'] = torch.where(bimodal['correct_adv'] > 0, bimodal['joint_nat'] - 3, bimodal['joint_nat'] + 20)
     bimodal['delta_joint'] = bimodal['joint_nat'] - bimodal['joint_adv']
-    true = attack_claims({'pgd': record(move=-3, joint=20), 'trades': bimodal, 'fab': record(move=3, joint=5), 'cw-l2': record(joint=1)})
-    assert set(verdicts(true).values()) == {'yes'}
-    text, = [r['here'] for r in true if 'two modes' in r['claim']]
-    assert 'two modes' in text and '30 % of the images, 100 % of them still correct; right of it 0 %' in text
-    false = attack_claims({'pgd': bimodal, 'trades': record(move=3, joint=-5), 'fab': record(move=-3, joint=-5), 'cw-l2': record(move=-3, joint=-1)})
-    assert verdicts(false) == {**dict.fromkeys(verdicts(true), 'no'), 'PGD moves E(x) left': 'yes'}
+    true = attack_claims({'pgd': record(move=-3, joint=20), 'trades': bimodal, 'pgd-t': record(move=3, joint=9), 'pgd-dlr': record(move=-1, joint=9),
+                          'fab': record(move=3, joint=5), 'cw-l2': record(move=.3, joint=1)})
+    assert len(true) == 13 and set(verdicts(true).values()) == {'supported'}
+    text, = [r['ours'] for r in true if 'two modes' in r['claim']]
+    assert 'left of it 30 % of the images, of which the network classifies 100 % correctly, right of it 0 %' in text
+    false = attack_claims({'pgd': bimodal, 'trades': record(move=3, joint=-5), 'pgd-t': record(move=-3), 'pgd-dlr': record(move=1), 'fab': record(move=-3, joint=-5),
+                           'cw-l2': record(move=-6, joint=-1)})
+    assert verdicts(false) == {**dict.fromkeys(verdicts(true), 'not supported'), 'PGD lowers E(x)': 'supported'}
 
 
 def test_claims_of_attacks_that_were_not_run_are_not_made(): assert len(attack_claims({'square': record()})) == 2 # where it moves E(x), and E(x, y)
 
 
-def study(*means): return dict(energy=torch.tensor(means)[:, None] + torch.zeros(1, 4), joint=-torch.tensor(means)[:, None] + torch.zeros(1, 4), correct=torch.ones(len(means), 4))
+def test_a_robust_network_is_not_what_the_claims_are_about():
+    assert attack_claims({'pgd': record(correct=.3), 'fab': record(correct=.2)}) == []
+    assert attack_claims({'pgd': record(correct=.3), 'fab': record(correct=.05)})
 
 
-@pytest.mark.parametrize('means, held', [((0., 1, -2, -3), 'yes'), ((0., -1, -3, -2), 'in part'), ((0., 3, 2, 1), 'no')])
-def test_steps_claims(means, held):
-    rows = steps_claims({('a-b', 'ce'): study(*means)}, (0, 1, 2, 3))
-    assert [r['held'] for r in rows] == [held]*2 and rows[0]['claim'] == 'E(x) falls with the steps of PGD, whatever the depth'
-    both = steps_claims({('a-b', 'ce'): study(*means), ('a-c', 'ce'): study(0., 1, -2, -3)}, (0, 1, 2, 3))
-    assert [r['held'] for r in both] == ['yes' if held == 'yes' else 'in part']*2 and 'c 0.00 natural, 1.00 after 1, -3.00 after 3 steps' in both[0]['here']
+def test_no_effect_is_inconclusive():
+    rows = attack_claims({'pgd': {**record(n=30), 'correct_adv': torch.zeros(30)}})
+    assert verdicts(rows)['PGD lowers E(x)'] == verdicts(rows)['Fewer than 1 % are robust under PGD'] == 'inconclusive'
+
+
+def test_overlap_of_normal_samples():
+    a, b = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(0)).double()
+    assert overlap(a, b + 1, -6, 7) == pytest.approx(.617, abs=.02) # 2 Φ(−½)
+    assert overlap(a, b + 1, -6, 7) == overlap(b + 1, a, -6, 7)
+
+
+def study(*means):
+    noise = .01*torch.randn(4, generator=torch.Generator().manual_seed(0))
+    return {k: sign*torch.tensor(means)[:, None] + torch.arange(len(means))[:, None]*noise for k, sign in (('energy', 1), ('joint', -1))} | {'correct': torch.ones(len(means), 4)}
+
+
+@pytest.mark.parametrize('means, found', [((0., 1, -2, -3), 'supported'), ((0., -1, 2, 1), 'not supported'), ((0., 1, 2, 1), 'inconclusive')])
+def test_steps_claims(means, found):
+    three = {(f'a-{c}', 'pgd'): study(0., 1, -2, -3) for c in 'bc'} | {('a-d', 'pgd'): study(*means)}
+    rows = steps_claims(three, (0, 1, 2, 3))
+    assert [r['verdict'] for r in rows] == [found]*2 and rows[0]['claim'] == 'E(x) falls with the steps of PGD, whatever the depth'
+    assert ('of d, the least' in rows[0]['ours']) == (found != 'supported')
+    assert [r['verdict'] for r in steps_claims({('a-b', 'pgd'): study(0., 1, -2, -3)}, (0, 1, 2, 3))] == ['not tested at scale']*2
 
 
 def test_claims_count_every_model():
-    "Two checkpoints of one folder have one short name"
-    rows = steps_claims({('runs/a/best.safetensors', 'ce'): study(0., -1, -2, -3), ('runs/a/last.safetensors', 'ce'): study(0., 1, 2, 3)}, (0, 1, 2, 3))
-    assert [r['held'] for r in rows] == ['in part']*2 and 'in 4 of 6 intervals' not in rows[0]['here'] and 'in 2 of 4 intervals' in rows[0]['here']
+    "Checkpoints of one folder have one short name"
+    rows = steps_claims({(f'runs/a/{n}.safetensors', 'pgd'): study(0., s, -2*s, -3*s) for n, s in (('best', 1), ('last', -1), ('other', 1))}, (0, 1, 2, 3))
+    assert [r['verdict'] for r in rows] == ['not supported']*2 and 'in 4 of 6 intervals of 3 networks' in rows[0]['ours']
 
 
 def test_an_attack_that_cannot_move_is_no_robustness(data):
@@ -188,15 +209,16 @@ def test_an_attack_that_cannot_move_is_no_robustness(data):
             super().__init__()
             self.linear = torch.nn.Linear(784, 10)
         def forward(self, x): return self.linear(x.flatten(1)) + (0*x).sum((1, 2, 3)).sqrt()[:, None]
-    with pytest.raises(FloatingPointError, match='NaN or infinite in step 0 of 5'): steps_energies(Root(), data, 'ce', (0, 1, 5), eps=EPS, step_size=.02)
+    with pytest.raises(FloatingPointError, match='NaN or infinite in step 0 of 5'): steps_energies(Root(), data, 'pgd', (0, 1, 5), eps=EPS, step_size=.02)
 
 
 def test_robustness_claim():
-    still, moved = record(correct=.5), record(move=-3, joint=9)
-    still |= {k: still[k]*.1 for k in ('delta_energy', 'delta_joint')}
-    assert [r['held'] for r in robustness_claim(dict(a=still, b=moved))] == ['yes', 'yes']
-    assert [r['held'] for r in robustness_claim(dict(a=still, b={**moved, 'correct_adv': torch.ones(400)}))] == ['no', 'no']
-    assert robustness_claim(dict(a=still)) == []
+    gen = torch.Generator().manual_seed(0)
+    def model(robust, size): return {'correct_adv': (torch.arange(400) < 400*robust).float(), **{f'delta_{k}': size + .1*torch.randn(400, generator=gen) for k in ('energy', 'joint')}}
+    falling = {name: model(.1*i, 6. - i) for i, name in enumerate('abcde', 1)}
+    assert [r['verdict'] for r in robustness_claim(falling)] == ['supported']*2
+    assert [r['verdict'] for r in robustness_claim({name: model(.1*i, 1. + i) for i, name in enumerate('abcde', 1)})] == ['not supported']*2
+    assert [r['verdict'] for r in robustness_claim({name: falling[name] for name in 'ab'})] == ['not tested at scale']*2
 
 
 def test_histograms_say_what_is_left():

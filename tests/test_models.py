@@ -179,10 +179,27 @@ def test_initial_scale():
     assert (model.fc.bias == 0).all()
 
 
+@pytest.mark.parametrize("arch", ["resnet8", "resnet18", "wrn_28_10"])
+def test_initial_scale_of_pytorch(arch):
+    "The default of every layer, drawn as if nothing here touched it"
+    model = create_model(arch, 10, seed=0, init="pytorch")
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Conv2d):
+            bound = (m.in_channels * m.kernel_size[0] ** 2) ** -.5
+            assert .9 * bound < m.weight.abs().max() <= bound, name
+            assert m.weight.std().item() == pytest.approx(bound / 3 ** .5, rel=.1), name
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        untouched = ARCHS[arch].build(10, 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), untouched.state_dict().values()))
+    assert model.config == create_model(arch, 10, seed=0).config
+
+
 @pytest.mark.parametrize("kwargs, error, message", [
     (dict(arch="resnet19"), ValueError, "did you mean 'resnet18'"),
     (dict(arch="WRN-28-10"), ValueError, "did you mean 'wrn_28_10'"),
     (dict(arch=None), ValueError, "allowed: resnet8, resnet20"),
+    (dict(init="xavier"), ValueError, "unknown init 'xavier'; allowed: he, pytorch"),
     (dict(num_classes=1), ValueError, "num_classes must be at least 2, given 1"),
     (dict(num_classes=10.0), TypeError, "num_classes must be a whole number, given 10.0"),
     (dict(in_channels=0), ValueError, "in_channels must be at least 1"),

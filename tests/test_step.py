@@ -1,12 +1,15 @@
 "The fast update: equal to the reference, and safe on what it is given"
 import os
 import shutil
+from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
 import torch
 from torch import nn
 
+from weat_nb.attacks import _LOSSES
+from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
 from weat_nb.step import FrozenCopy, SideBySideConv2d, StepConfig, TrainStep, exact_float32, forward_cost, forward_passes, reference_step, side_by_side
 from weat_nb.train import TrainConfig
@@ -185,6 +188,39 @@ def test_cost_of_a_known_network():
     assert flop == 2*(3*4*64 + 4*10)
     assert moved == 2*4*(4*64 + 4 + 4 + 10)
     assert forward_passes('trades', 20) == 47 and forward_passes('mart', 10) == 26
+
+
+class Counted(nn.Module):
+    "A linear model that counts its forward passes, and the gradients of its images as one more each"
+    def __init__(self):
+        super().__init__()
+        self.linear, self.passes = nn.Linear(3*32*32, 10), 0
+
+    def forward(self, x):
+        self.passes += 1 + (torch.is_grad_enabled() and x.requires_grad)
+        return self.linear(x.flatten(1))
+
+
+@pytest.mark.parametrize('attack', _LOSSES)
+@pytest.mark.parametrize('method', ['sat', 'weat_adv'])
+def test_passes_are_those_of_a_step(method, attack, monkeypatch):
+    "A row of one's own may attack by any loss: counted is what its update and the authors' compute"
+    monkeypatch.setitem(OBJECTIVES, 'own', replace(OBJECTIVES[method], name='own', attack=attack))
+    (x, y), batches = images(), OBJECTIVES[method].needs_clean + OBJECTIVES[method].needs_adv
+    for steps in (1, 4):
+        radii = {**RADII, 'steps': steps}
+        step, plain = TrainStep(Counted(), 'own', **radii), Counted()
+        step(x, y)
+        assert step.model.passes == batches # each of them with both its gradients: three
+        assert forward_passes('own', steps) == step.fast.model.passes + 3*batches
+        reference_step(plain, x, y, objective='own', **radii)
+        assert forward_passes('own', steps, hoist=False) == plain.passes + 2*batches
+
+
+def test_passes_of_an_unknown_attack(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, 'own', replace(OBJECTIVES['sat'], name='own', attack='margin'))
+    with pytest.raises(ValueError, match="objective 'own' attacks by 'margin', whose passes are not known: .* ce, dlr, kl"):
+        forward_passes('own', 10)
 
 
 def test_graph_needs_cuda():

@@ -97,7 +97,7 @@ def test_failures_are_reported_and_finished_runs_skipped(sweep, capsys):
     assert f'failed: {wrong.name}\n  {wrong}/toy.ipynb\n  kind is wrong\n' in said.err # the last line of the error
     assert f'failed: {killed.name}\n  {killed}/log.txt\n' in said.err and 'DeadKernelError' in said.err
     assert right.name not in said.err
-    assert [(row['kind'], row['value'], row['state'], row['held-out clean (%)']) for row in table()] == [('right', '3', 'finished', '3'), ('wrong', '3', 'failed', ''), ('killed', '3', 'wanted', '')]
+    assert [(row['kind'], row['value'], row['state'], row['held-out clean (%)']) for row in table()] == [('right', '3', 'finished', '3'), ('wrong', '3', 'failed', ''), ('killed', '3', 'not finished', '')]
     assert '| finished |' in said.out # the table is shown
     before = {f: (f/'toy.ipynb').stat().st_mtime_ns for f in (right, wrong, killed)}
     assert main([sweep('grid: {kind: [right], value: [3, 6]}')]) == 0
@@ -156,7 +156,7 @@ def test_a_stopped_sweep_leaves_no_process_and_goes_on(sweep):
     assert process.wait(60) == 130 and 'stopped' in process.stderr.read()
     pids = [int(p.read_text()) for p in Path('runs').glob('*/*/*/pid')]
     wait_for(lambda: not any(alive(p) for p in pids), 10, 'the end of the kernels')
-    assert [row['state'] for row in table()] == ['wanted']*2
+    assert [row['state'] for row in table()] == ['not finished']*2
     for run in read_grid(grid).runs: (run.stages[0].run_dir(run.folder)).mkdir(parents=True, exist_ok=True), (run.stages[0].run_dir(run.folder)/'again').touch()
     assert main([grid, '--jobs', '2']) == 0 and [row['state'] for row in table()] == ['finished']*2
 

@@ -14,7 +14,7 @@ import torch
 
 import weat_nb.train as train
 from weat_nb.checkpoints import load_checkpoint, load_tensors
-from weat_nb.data import load_dataset, to_float
+from weat_nb.data import DATASETS, load_dataset, to_float
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
 from weat_nb.train import NonFiniteError, TrainConfig, fit, training_data
@@ -81,12 +81,14 @@ def test_a_restored_momentum_lies_as_its_weights(tmp_path):
         assert momentum.stride() == q.stride() == p.stride() and torch.equal(momentum, optimizer.state[p]['momentum_buffer']) and not momentum.requires_grad
 
 
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.parametrize('protocol, num_train', [('paper', 128), ('released', 80)]) # the second of 16
+def test_two_processes_train_as_one(protocol, num_train, tmp_path):
     "Synchronised batch normalisation and shares of one batch: the same run up to rounding, which training amplifies"
-    config = TrainConfig(epochs=1, **LONGER)
+    config = TrainConfig(epochs=1, protocol=protocol, **{**LONGER, 'num_train': num_train})
     one, two = [fit(config, tmp_path/name, num_processes=n, snapshots=[0, 1], snapshot_images=10) for name, n in (('one', 1), ('two', 2))]
     assert one.history[0]['loss'] == pytest.approx(two.history[0]['loss'], rel=1e-4)
     assert one.history[0]['energy_nat_mean'] == pytest.approx(two.history[0]['energy_nat_mean'], abs=1e-2)
+    assert one.history[0]['updates'] == two.history[0]['updates'] == 2
     assert {p.relative_to(tmp_path/'one') for p in (tmp_path/'one').rglob('*')} == {p.relative_to(tmp_path/'two') for p in (tmp_path/'two').rglob('*')}
     with pytest.raises(ValueError, match='batch_size = 64 cannot be shared equally by 3 processes'): fit(config, tmp_path/'three', num_processes=3)
 
@@ -203,6 +205,149 @@ def test_burn_in_of_mail(tmp_path):
     runs = {name: fit(TrainConfig(objective=name, beta=5, epochs=2, **TINY), tmp_path/name).history for name in ('mail_trades', 'trades')}
     assert runs['mail_trades'][0] == runs['trades'][0]
     assert runs['mail_trades'][1] != runs['trades'][1]
+
+
+def watch(config, folder, monkeypatch, **how):
+    "Train, and write down what every update and every measurement is given"
+    updates, measured, update, measure = [], [], train.TrainStep.__call__, train.measure_energies
+
+    class Optimizer(torch.optim.SGD):
+        def step(self):
+            updates[-1].update({k: self.param_groups[0][k] for k in ('lr', 'momentum')})
+            super().step()
+
+    def seen(self, x, y, **options):
+        weights = self.model.conv1.weight.detach().clone()
+        updates.append(dict(images=len(x), labels=y.tolist(), weights=weights))
+        return update(self, x, y, **options)
+
+    def measured_with(*args, **options):
+        measured.append(options)
+        return measure(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.TrainStep, '__call__', seen)
+        patch.setattr(train, 'measure_energies', measured_with)
+        patch.setattr(torch.optim, 'SGD', Optimizer)
+        return fit(config, folder, **how), updates, measured
+
+
+SHORT = {**TINY, 'num_train': 80, 'epochs': 2} # the last of three batches has half as many images
+
+
+def test_the_released_protocol(tmp_path, monkeypatch):
+    "Initial weights, momentum, last batch and selection of the authors' code; not by default"
+    runs = {p: TrainConfig(protocol=p, **SHORT) for p in ('paper', 'released')}
+    how = dict(snapshots=[0], snapshot_images=8)
+    saw = {p: watch(config, tmp_path/p, monkeypatch, **how) for p, config in runs.items()}
+    for p, init in (('paper', 'he'), ('released', 'pytorch')):
+        result, updates, measured = saw[p]
+        first = create_model('resnet8', 10, 1, 28, seed=0, init=init).conv1.weight
+        assert torch.equal(updates[0]['weights'], first)
+        assert [m['step_size'] for m in measured] == [2/255 if p == 'released' else .03]*3
+        named = json.loads((tmp_path/p/'config.json').read_text())
+        assert ('protocol' in named) == (p == 'released')
+        assert result.history[-1]['updates'] == len(updates) == train.training_cost(runs[p])['updates']
+    assert [u['images'] for u in saw['paper'][1]] == [32, 32]*2
+    assert {u['momentum'] for u in saw['paper'][1]} == {.9}
+
+    updates = saw['released'][1]
+    assert [u['images'] for u in updates] == [32, 32, 16]*2
+    every = sorted(training_data(runs['released'])[0].labels.tolist())
+    for epoch in (updates[:3], updates[3:]): assert sorted(sum((u['labels'] for u in epoch), [])) == every
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=.1, momentum=.9)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, .1, total_steps=len(updates), pct_start=.25)
+    for i, u in enumerate(updates):
+        group = optimizer.param_groups[0]
+        for name in ('lr', 'momentum'): assert u[name] == pytest.approx(group[name], rel=1e-12)
+        optimizer.step()
+        if i + 1 < len(updates): theirs.step()
+    assert len({u['momentum'] for u in updates}) > 3
+    assert 'selectable' not in saw['paper'][0].history[0]
+
+
+def test_the_last_tenth_of_the_epochs_is_selected_from(tmp_path, monkeypatch):
+    tiny = dict(TINY, num_train=8, batch_size=4)
+    config = TrainConfig(protocol='released', epochs=10, **tiny)
+    accuracies = iter([dict(clean=50., pgd=float(9 - i)) for i in range(10)])
+    monkeypatch.setattr(train, 'summarise', lambda found: next(accuracies))
+    result = fit(config, tmp_path/'run')
+    assert result.best_epoch == load_checkpoint(tmp_path/'run/best.safetensors')[1]['epoch'] == 10
+    assert [row['epoch'] for row in result.history if row['selectable']] == [10]
+    last = load_checkpoint(tmp_path/'run/last.safetensors')[0]
+    for a, b in zip(last.parameters(), result.model.parameters()): assert torch.equal(a, b)
+
+
+def test_the_released_protocol_on_cifar10(tmp_path):
+    "All 50,000 images in 391 updates, and 2/255 on SVHN, too"
+    file = synthesised(tmp_path/'aux.npz', size=32)
+    config = TrainConfig(dataset='cifar10', protocol='released', aux_data=file, device='cpu')
+    assert train.epoch_size(config, 50_000) == (391, 50_000)
+    assert train.training_cost(config)['updates'] == 39_100
+    assert train.epoch_size(TrainConfig(dataset='cifar10', device='cpu'), 49_000) == (382, 382*128)
+    svhn = [TrainConfig(dataset='svhn', protocol=p, num_val=5) for p in ('paper', 'released')]
+    assert [config.selection_attack()['step_size'] for config in svhn] == [1/255, 2/255]
+
+
+def test_precision_on_a_gpu(monkeypatch):
+    "bf16 where the GPU has it; float32 as in the released code, unless told otherwise"
+    monkeypatch.setattr(train, 'resolve_device', lambda device: 'cuda')
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **kwargs: True)
+    assert TrainConfig().precision == 'bf16'
+    released = dict(protocol='released', num_val=5)
+    assert TrainConfig(**released).precision == 'float32'
+    assert TrainConfig(**released, precision='bf16').precision == 'bf16'
+
+
+def test_the_default_protocol_changes_no_name():
+    "Names as they were before there was a choice; the other protocol makes another run"
+    other = dict(dataset='cifar100', objective='mail_trades', seed=3, num_train=1000)
+    for options, name in [(dict(), 'fashion_mini-weat_adv-resnet8-s0-118894a8'),
+                          (dict(dataset='cifar10'), 'cifar10-weat_adv-resnet18-s0-92f3dba6'),
+                          (other, 'cifar100-mail_trades-resnet18-s3-474ebedd')]:
+        config = TrainConfig(**options, protocol='paper', device='cpu')
+        assert train.run_name(config) == name and 'protocol' not in config.identity()
+    paper, released = (TrainConfig(num_val=500, protocol=p) for p in ('paper', 'released'))
+    assert released.identity() == {**paper.identity(), 'protocol': 'released'}
+    assert train.run_name(released) != train.run_name(paper)
+
+
+def test_what_the_released_protocol_needs(tmp_path):
+    file = synthesised(tmp_path/'aux.npz')
+    config = TrainConfig(protocol='released', aux_data=file, num_val=100)
+    images, held_out, _ = training_data(config)
+    assert (len(images), len(held_out)) == (DATASETS['fashion_mini'].n_train, 100) # none is held out
+    with pytest.raises(ValueError, match="'released' needs aux_data.*Give aux_data.*or num_val"):
+        TrainConfig(protocol='released')
+    for n, processes, message in [(65, 1, '1 of 65 images here; batch norm.*num_train = 64'),
+                                  (75, 2, '11 of 75 .* shared equally by 2.*num_train = 74')]:
+        config = TrainConfig(protocol='released', **{**TINY, 'num_train': n})
+        with pytest.raises(ValueError, match=message):
+            fit(config, tmp_path/'run', num_processes=processes)
+    assert not (tmp_path/'run').exists()
+    mixed = dict(TINY, num_train=50, aux_data=file, aux_fraction=.25)
+    config = TrainConfig(protocol='released', **mixed)
+    images, _, aux = training_data(config)
+    parts = train.epoch_batches(images, aux, config, torch.Generator().manual_seed(0))
+    sizes = [len(x) for x, _ in parts]
+    assert sizes == [32, 32, 10] and train.epoch_size(config, 50) == (3, sum(sizes))
+
+
+def test_a_data_set_without_a_protocol(monkeypatch):
+    monkeypatch.setitem(DATASETS, 'mine', DATASETS['fashion_mini'])
+    given = dict(arch='resnet8', epochs=1, eps=.1, step_size=.03, attack_steps=1, batch_size=32,
+                 lr=.1, weight_decay=0., num_val=4)
+    assert TrainConfig(dataset='mine', **given).beta == 6
+    missing = "'mine' has no protocol: give epochs and eps .*8/255.*a row to PROTOCOLS, which has cifar10"
+    with pytest.raises(ValueError, match=missing):
+        TrainConfig(dataset='mine', **{**given, 'epochs': None, 'eps': None})
+    everything = f"'mine' has no protocol: give {', '.join([*given][:-1])} and num_val"
+    with pytest.raises(ValueError, match=everything): TrainConfig(dataset='mine')
+    monkeypatch.setitem(train.PROTOCOLS, 'mine', {**given, 'lr': .05})
+    assert TrainConfig(dataset='mine').lr == .05 and TrainConfig(dataset='mine', lr=.2).lr == .2
+    monkeypatch.setitem(train.PROTOCOLS, 'mine', dict(lr=.05))
+    with pytest.raises(ValueError, match="'mine' has an incomplete protocol: give eps"):
+        train.from_protocol('mine', dict(eps=None, lr=None))
 
 
 def synthesised(path, n=300, size=28, classes=10):

@@ -1,4 +1,4 @@
-"""The inner maximisation of training, projected gradient descent on CE, KL or DLR, and the ten attacks of a test.
+"""The inner maximisation of training, projected gradient descent on CE, KL or DLR, and the twelve attacks of a test.
 
 Docs: https://weat-nb.github.io/weat_nb/attacks.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://weat-nb.github.io/weat_nb/attacks.html.md"""
 
 # %% auto #0
 __all__ = ['ATTACKS', 'projection', 'ascent_direction', 'starting_point', 'dlr_loss', 'ascent_loss', 'pgd_loop', 'check_values',
-           'pgd', 'Attack', 'attack']
+           'pgd', 'random_targets', 'Attack', 'attack']
 
 # %% ../nbs/02_attacks.ipynb #dfbc3e25
 import inspect
@@ -216,6 +216,17 @@ def pgd(
     check_values(values, loss)
     return x_adv
 
+# %% ../nbs/02_attacks.ipynb #ace130f2
+def random_targets(
+    y:Tensor, # (B,) int64 labels
+    num_classes:int, # K, at least 2
+    generator:torch.Generator|None = None, # source of the classes, on any device; None: the global one of y's device
+)->Tensor: # (B,) int64 classes, none of them the label, all others equally likely
+    "A random other class for each image: the aim of a targeted attack"
+    if num_classes < 2: raise ValueError(f"num_classes={num_classes} leaves no other class to aim at; a targeted attack needs 2 or more")
+    device = y.device if generator is None else generator.device
+    return (y + torch.randint(1, num_classes, y.shape, generator=generator, device=device).to(y.device)) % num_classes
+
 # %% ../nbs/02_attacks.ipynb #70539714
 @dataclass(frozen=True)
 class Attack:
@@ -224,7 +235,7 @@ class Attack:
     maximises:str # its objective in one line
     norm:str # the distance it works with: "linf" or "l2"
     ball:str|None # "linf": x* is within eps of x; None: as near as it can be, eps is not read
-    targeted:bool # does it aim at classes, one after another?
+    targeted:bool # does it aim at classes: pgd-t at a random one, the others at one after another
     steps:int # default number of gradient steps, or of queries; the paper's
     failed:str # what it returns where it fails: "its last image" or "x"
     gradient:str|None # what it differentiates: "softmax", "logits" (their differences) or nothing
@@ -246,12 +257,24 @@ def _pgd(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, *, eps:float, ste
     return pgd(model, x, y, eps=eps, steps=steps, step_size=eps / 4 if step_size is None else step_size, loss=loss, start=start,
                generator=torch.Generator().manual_seed(seed))
 
+def _pgd_targeted(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, *, eps:float, steps:int, seed:int, loss:str,
+                  step_size:float|None = None, start:str|Tensor = "uniform", target:Tensor|None = None)->Tensor:
+    "PGD towards `target`, or towards a random other class of each image"
+    generator = torch.Generator().manual_seed(seed)
+    if target is None: target = random_targets(y, model(x[:1]).shape[1], generator)
+    return pgd(model, x, y, eps=eps, steps=steps, step_size=eps / 4 if step_size is None else step_size, loss=loss, start=start,
+               target=target, generator=generator)
+
 # %% ../nbs/02_attacks.ipynb #dd2df5c1
 ATTACKS:dict[str, Attack] = {a.name: a for a in (
     Attack("pgd", "CE(x*, y)", "linf", "linf", False, 20, "its last image", "softmax", 2,
            "Madry et al., ICLR 2018", _pgd, dict(loss="ce")),
     Attack("trades", "KL(p ‖ p*)", "linf", "linf", False, 20, "its last image", "softmax", 2,
            "Zhang et al., ICML 2019", _pgd, dict(loss="kl")),
+    Attack("pgd-t", "−CE(x*, t), t a random other class", "linf", "linf", True, 20, "its last image", "softmax", 2,
+           "Kurakin et al., ICLR 2017", _pgd_targeted, dict(loss="ce")),
+    Attack("pgd-dlr", "DLR(x*, y)", "linf", "linf", False, 20, "its last image", "logits", 3,
+           "Croce & Hein, ICML 2020", _pgd, dict(loss="dlr")),
     Attack("apgd", "CE(x*, y), adaptive steps", "linf", "linf", False, 20, "x", "softmax", 2,
            "Croce & Hein, ICML 2020", apgd, dict(loss="ce")),
     Attack("apgd-dlr", "DLR(x*, y), adaptive steps", "linf", "linf", False, 20, "x", "logits", 3,

@@ -6,7 +6,7 @@ Docs: https://weat-nb.github.io/weat_nb/dynamics.html.md"""
 
 # %% auto #0
 __all__ = ['read_snapshots', 'snapshot_history', 'drift', 'plot_scatter', 'plot_drift', 'animate_drift', 'find_phases',
-           'robust_overfitting', 'DivergenceWarning', 'EnergyMonitor']
+           'robust_overfitting', 'phase_ratio', 'error_rise', 'DivergenceWarning', 'EnergyMonitor']
 
 # %% ../nbs/05_dynamics.ipynb #4d2c5df3
 import warnings
@@ -23,6 +23,7 @@ from .checkpoints import load_tensors
 from .energy import delta_energy
 from .plots import COLOURS, axes
 from .train import summarise
+from .verdicts import Interval, bootstrap_interval, difference_interval
 
 # %% ../nbs/05_dynamics.ipynb #182a880e
 def read_snapshots(
@@ -177,6 +178,28 @@ def robust_overfitting(
     if smooth[-1] - smooth[low] <= 200*np.sqrt(p*(1 - p)/num_images): return None
     after = [v for epoch, v in sorted((train or {}).items()) if epoch >= begins]
     return None if after and after[-1] > after[0] else begins
+
+# %% ../nbs/05_dynamics.ipynb #f883927e
+def phase_ratio(
+    snapshots:dict[int, dict[str, Tensor]], # of `read_snapshots`, at least nine, of the same images
+    draws:int = 200, # of the bootstrap; each fits a curve
+)->Interval: # of the ratio, over the images
+    "How flat phase 2 of ΔE is: its slope over the lesser of those of phases 1 and 3, all by size"
+    epochs, delta = list(snapshots), torch.stack([s['delta'] for s in snapshots.values()]).double()
+    def ratio(i:Tensor)->float:
+        first, second, third = np.abs(find_phases(epochs, delta[:, i].mean(1).tolist())['slopes'])
+        return float(second/max(min(first, third), 1e-9))
+    return bootstrap_interval(ratio, delta.shape[1], draws=draws)
+
+def error_rise(
+    history:Sequence[dict[str, float]], # epoch and robust accuracy pgd (%) on held-out images
+    since:int, # epoch from which it is measured, to the last
+    num_images:int, # held-out images
+)->Interval: # in points, over the held-out images
+    "Rise of the robust error, as of two groups: which images are robust is not known"
+    robust = {h['epoch']: round(h['pgd']*num_images/100) for h in history}
+    wrong = lambda epoch: 100.*(torch.arange(num_images) >= robust[epoch])
+    return difference_interval(wrong(history[-1]['epoch']), wrong(since))
 
 # %% ../nbs/05_dynamics.ipynb #2db5ac25
 class DivergenceWarning(UserWarning):

@@ -153,7 +153,7 @@ def kept_rng()->Iterator[None]:
 
 # %% ../nbs/parts/guards.ipynb #90a2740c
 class GradientMaskingWarning(UserWarning):
-    "The gradient of a model is zero where an attack needs it, so the attack overstates robustness"
+    "The gradient of a model is zero where an attack needs it, so the attack may overstate robustness"
 
 def warn_if_masked(
     model:Callable[[Tensor], Tensor], # images -> logits (B, K), in evaluation mode
@@ -186,6 +186,6 @@ def warn_if_masked(
         why = (f"the softmax is one-hot in float32, the label leading by {gap:.0f} nats (median); apgd-dlr, apgd-t, fab and "
                "cw read the logits instead")
     warnings.warn(f"gradient masking: {what} has no gradient at {zero[follows]:.0%} of the {int(right.sum())} images "
-                  f"classified correctly, so {attack} cannot move them and overstates robustness: {why}",
+                  f"classified correctly, so {attack} cannot move them and may overstate robustness: {why}",
                   GradientMaskingWarning, stacklevel=2)
     return zero[follows]

@@ -296,7 +296,7 @@ class WideResNet(ImageClassifier):
 def init_weights(
     model:nn.Module, # changed in place
 )->None:
-    "He normal (fan-out) convolutions, batch normalisation at 1 and 0; a WideResNet's last bias at 0"
+    "`init='he'`: He normal (fan-out) convolutions, batch normalisation at 1 and 0; a WideResNet's last bias at 0"
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -357,10 +357,13 @@ def create_model(
     mean:Sequence[float]|None = None, # C values subtracted from pixels in [0, 1]; None: no normalisation
     std:Sequence[float]|None = None, # C values to divide by; given together with mean
     seed:int|None = None, # draws the weights, the global generator stays as it was; None: from the global one
+    init:str = "he", # distribution of the first weights: "he", or "pytorch" for PyTorch's default
 )->ImageClassifier: # in training mode, float32, on the CPU
     "A freshly initialised classifier of images in [0, 1]; `create_model(**model.config)` builds one like it"
     if not isinstance(arch, str) or arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}; allowed: {', '.join(ARCHS)}{suggest(arch, ARCHS)}")
+    if init not in ("he", "pytorch"):
+        raise ValueError(f"unknown init {init!r}; allowed: he, pytorch")
     num_classes = _whole("num_classes", num_classes, 2)
     in_channels = _whole("in_channels", in_channels, 1)
     image_size = _whole("image_size", image_size, 8)
@@ -374,7 +377,8 @@ def create_model(
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         model = ARCHS[arch].build(num_classes, in_channels)
-        init_weights(model)
+        if init == "he":
+            init_weights(model)
         if mean is not None and std is not None:
             model.normalize = Normalize(mean, std)
     model.config = dict(arch=arch, num_classes=num_classes, in_channels=in_channels, image_size=image_size,

@@ -8,6 +8,7 @@ Docs: https://weat-nb.github.io/weat_nb/parts/plots.html.md"""
 __all__ = ['COLOURS', 'Table', 'axes', 'plot_curves', 'save_figure', 'show_images', 'plot_histograms']
 
 # %% ../nbs/parts/plots.ipynb #974d4800
+import re
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -17,9 +18,22 @@ from torch import Tensor
 
 from .runs import write_file
 
+# %% ../nbs/parts/plots.ipynb #f5b80b2d
+_MARKUP = re.compile(r'[\\`*<\[$^~@|"\']|(?<![^\W_])_|(?<=-)-|(?<=\.\.)\.|&(?=#?\w+;)')
+
+def _escape(text:str)->str:
+    "Markdown that shows a text letter for letter, or as code where it is between backticks"
+    return text if re.fullmatch(r'`[^`|]+`', text) else _MARKUP.sub(r'\\\g<0>', text)
+
+def _width(name:str, cells:Sequence[str])->int:
+    "Characters that a column asks for, 4 to 50: its longest word, or its longest text broken into lines"
+    words = [len(word) for text in (name, *cells) for word in text.split()]
+    texts = [2*len(name)**.5, *(min(n, 4*n**.5) for n in map(len, cells))]
+    return round(min(50, max(4, *words, *texts)))
+
 # %% ../nbs/parts/plots.ipynb #fe5b840c
 class Table(list):
-    "A list of dictionaries that a notebook shows as a table"
+    "A list of dictionaries that a notebook shows as a table, letter for letter; text between backticks is code"
     def __init__(self,
         rows:Sequence[dict[str, Any]] = (), # one dictionary a row
         digits:int = 2, # decimal places of floats
@@ -27,14 +41,19 @@ class Table(list):
         super().__init__(rows)
         self.digits = digits
 
-    def _cell(self, value:Any)->str:
+    def _text(self, value:Any)->str:
         if isinstance(value, float): return f'{value:.{self.digits}f}'
-        return '' if value is None else str(value).replace('|', r'\|')
+        return '' if value is None else ' '.join(str(value).split())
 
     def _repr_markdown_(self)->str:
         names = list(dict.fromkeys(k for row in self for k in row))
-        right = [all(isinstance(row.get(n), (int, float, type(None))) for row in self) for n in names]
-        lines = [names, ['--:' if r else ':--' for r in right], *([self._cell(row.get(n)) for n in names] for row in self)]
+        texts = [[self._text(row.get(n)) for n in names] for row in self]
+        rules = []
+        for n, *column in zip(names, *texts):
+            dashes = '-'*-(-_width(n, column)//2)
+            right = all(isinstance(row.get(n), (int, float, type(None))) for row in self)
+            rules.append(f'{dashes}:' if right else f':{dashes}')
+        lines = [map(_escape, names), rules, *(map(_escape, row) for row in texts)]
         return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 # %% ../nbs/parts/plots.ipynb #f497da53
@@ -45,15 +64,16 @@ def axes(
     n:int = 1, # panels side by side
     width:float = 4., # of a panel, in inches
     height:float = 3., # of a panel, in inches
+    rows:int = 1, # of panels, one below the other
     **options:Any, # passed to `plt.subplots`
 )->tuple[Any, list[Any]]: # (figure, list of axes)
-    "A row of panels in the project's style"
+    "Panels in the project's style, row by row"
     import matplotlib.pyplot as plt
-    fig, panels = plt.subplots(1, n, figsize=(width*n, height), layout='constrained', squeeze=False, **options)
-    for ax in panels[0]:
+    fig, panels = plt.subplots(rows, n, figsize=(width*n, height*rows), layout='constrained', squeeze=False, **options)
+    for ax in panels.flat:
         ax.grid(alpha=.25)
         ax.spines[['top', 'right']].set_visible(False)
-    return fig, list(panels[0])
+    return fig, list(panels.flat)
 
 def plot_curves(
     history:Sequence[dict[str, Any]], # metrics of a run, a dictionary an epoch

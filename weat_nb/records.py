@@ -6,7 +6,7 @@ Docs: https://weat-nb.github.io/weat_nb/parts/records.html.md"""
 
 # %% auto #0
 __all__ = ['PUBLISHED_RECORDS', 'PAPER_RESULTS', 'suspicions', 'standard_error', 'record_rows', 'read_records', 'measured_table',
-           'paper_table']
+           'paper_numbers', 'paper_table', 'not_run_yet']
 
 # %% ../nbs/parts/records.ipynb #daf88ed8
 import json
@@ -64,18 +64,12 @@ def record_rows(
     return rows
 
 # %% ../nbs/parts/records.ipynb #89c1d31c
-PAPER_RESULTS:dict[str, dict[str, tuple[float|None, float|None]]] = { # accuracy (%) under PGD and AutoAttack, ResNet-18, l-inf 8/255. SECONDARY: from a digest of the paper's main table, not from the paper
-    'cifar10':  dict(sat=(49.03, 45.37), trades=(52.65, 49.46), mail_trades=(53.09, 49.42), weat_nat=(52.43, 49.02), weat_adv=(53.35, 49.75)),
-    'cifar100': dict(sat=(23.89, 20.99), trades=(28.53, 24.29), mail_trades=(28.79, 24.24), weat_nat=(29.71, 24.88), weat_adv=(30.90, 25.63)),
-    'svhn':     dict(sat=(50.54, 44.87), trades=(55.52, 48.13), mail_trades=(54.94, 47.48), weat_nat=(55.31, 48.61), weat_adv=(56.40, 49.60)),
-    'tiny_imagenet': dict(trades=(None, 17.24), mart=(None, 17.79), weat_adv=(None, 18.45)),
-}
-_OBJECTIVES = ('standard', 'sat', 'trades', 'mart', 'mail_trades', 'weat_nat', 'weat_adv')
+_OBJECTIVES = ('standard', 'sat', 'trades', 'mart', 'mail_trades', 'weat_nat', 'weat_adv', 'der', 'der_single_step')
 _COLUMNS = {'clean': 'clean', 'pgd-20': 'PGD-20', 'cw': 'CW', 'autoattack': 'AutoAttack'}
 
 def read_records(
     folder:str|Path, # of JSON files
-)->list[dict[str, Any]]: # the records, by data set, objective and seed
+)->list[dict[str, Any]]: # by data set, network, objective (as in `OBJECTIVES`, others after them) and seed
     "All records of a folder"
     if not Path(folder).is_dir(): raise FileNotFoundError(f'there is no folder of records {folder}')
     records = []
@@ -88,9 +82,15 @@ def read_records(
 
 def _training(record:Mapping[str, Any])->dict[str, Any]: return record['model'].get('training') or {}
 
+def _settings(record:Mapping[str, Any])->dict[str, Any]:
+    "What the runs of a row have in common"
+    return {k: v for k, v in _training(record).items() if k not in ('seed', 'precision')}
+
 def _order(record:Mapping[str, Any])->tuple:
-    objective = _training(record).get('objective')
-    return (record['data']['dataset'], record['model']['arch'], _OBJECTIVES.index(objective) if objective in _OBJECTIVES else -1, record['model']['name'], _training(record).get('seed', 0))
+    objective, model = _training(record).get('objective'), record['model']
+    order = (*_OBJECTIVES, objective) # one from outside after them, a model of unknown training last
+    return (record['data']['dataset'], model['arch'], order.index(objective) if objective else len(order), objective or '',
+            model['name'], _training(record).get('seed', 0))
 
 def _ball(record:Mapping[str, Any])->list[float|None]: # of all its attacks
     "Radius and PGD step of an evaluation"
@@ -125,11 +125,11 @@ def measured_table(
     radii = {(record['data']['dataset'], radius) for record in records if (radius := _ball(record)[0]) is not None}
     columns = {a: column for a, column in _COLUMNS.items() if any(r['attack'] == a for record in records for r in record['results'])}
     for record in records:
-        training = {k: v for k, v in _training(record).items() if k not in ('seed', 'precision')}
-        groups.setdefault(json.dumps([record['data']['dataset'], record['data']['split'], record['model']['arch'], _ball(record), training or record['model']['name']], sort_keys=True), []).append(record)
+        alike = [record['data']['dataset'], record['data']['split'], record['model']['arch'], _ball(record), _settings(record) or record['model']['name']]
+        groups.setdefault(json.dumps(alike, sort_keys=True), []).append(record)
     rows = []
     for group in groups.values():
-        training, first, arithmetic = _training(group[0]), group[0], Counter(_training(record).get('precision') for record in group)
+        training, first, precision = _training(group[0]), group[0], Counter(_training(record).get('precision') for record in group)
         images = {column: '/'.join(map(str, counts)) for a, column in columns.items() if (counts := sorted({r['num_images'] for record in group for r in record['results'] if r['attack'] == a}))}
         dataset, split, radius = first['data']['dataset'], first['data']['split'], _ball(first)[0]
         data = dataset if split == 'test' else f'{dataset}, {split} images'
@@ -137,20 +137,66 @@ def measured_table(
         rows.append({'data': data, 'objective': training.get('objective') or first['model']['name'], 'network': first['model']['arch'], 'epochs': training.get('epochs'), 'seeds': len(group),
                      **{column: _cell(group, a) for a, column in columns.items()},
                      'images': next(iter(images.values())) if len(set(images.values())) == 1 else ', '.join(f'{n} {column}' for column, n in images.items()),
-                     'arithmetic': training.get('precision') if len(arithmetic) == 1 else ', '.join(f'{k} ({n})' for k, n in arithmetic.items())})
+                     'precision': training.get('precision') if len(precision) == 1 else ', '.join(f'{k} ({n})' for k, n in precision.items())})
     return Table(rows)
 
+# %% ../nbs/parts/records.ipynb #78a362f5
+PAPER_RESULTS:dict[str, dict[str, tuple[float|None, float|None]]] = { # accuracy (%) under PGD and AutoAttack, ResNet-18, l-inf 8/255; taken from a secondary source, not from the paper
+    'cifar10':  dict(sat=(49.03, 45.37), trades=(52.65, 49.46), mail_trades=(53.09, 49.42), weat_nat=(52.43, 49.02), weat_adv=(53.35, 49.75)),
+    'cifar100': dict(sat=(23.89, 20.99), trades=(28.53, 24.29), mail_trades=(28.79, 24.24), weat_nat=(29.71, 24.88), weat_adv=(30.90, 25.63)),
+    'svhn':     dict(sat=(50.54, 44.87), trades=(55.52, 48.13), mail_trades=(54.94, 47.48), weat_nat=(55.31, 48.61), weat_adv=(56.40, 49.60)),
+    'tiny_imagenet': dict(trades=(None, 17.24), mart=(None, 17.79), weat_adv=(None, 18.45)),
+}
+_PAPER_OBJECTIVES = [o for o in _OBJECTIVES if any(o in numbers for numbers in PAPER_RESULTS.values())]
+_PAPER_ATTACKS = {'pgd-20': 'PGD', 'autoattack': 'AutoAttack'} # ours: the paper's, in the order of its numbers
+
+def paper_numbers()->Table: # a row for each objective, a column for each data set
+    "The paper's own accuracies (%), PGD / AutoAttack; – where no number is known"
+    def cell(numbers:Sequence[float|None])->str:
+        return ' / '.join('–' if v is None else f'{v:.2f}' for v in numbers)
+    def row(objective:str)->dict[str, str]:
+        return {dataset: cell(numbers.get(objective, (None, None))) for dataset, numbers in PAPER_RESULTS.items()}
+    return Table([{'PGD / AutoAttack (%)': objective, **row(objective)} for objective in _PAPER_OBJECTIVES])
+
+# %% ../nbs/parts/records.ipynb #8a4ac38a
 def paper_table(
     records:Sequence[Mapping[str, Any]], # of `read_records`
-)->Table: # a row for each data set and objective of the paper
-    "The paper's table beside the longest runs measured with its network; what has not been measured is wanted"
-    rows, records = [], [r for r in _whole(records) if r['model']['arch'] == 'resnet18' and _as_in_paper(r)]
-    for dataset, numbers in PAPER_RESULTS.items():
-        for objective in ('sat', 'trades', 'mart', 'mail_trades', 'weat_nat', 'weat_adv'):
-            group = [r for r in records if r['data']['dataset'] == dataset and _training(r).get('objective') == objective]
-            epochs = max((_training(r).get('epochs') or 0 for r in group), default=None)
-            group = [r for r in group if (_training(r).get('epochs') or 0) == epochs] # short runs do not stand beside the paper's
-            pgd, auto = (f'{v:.2f}' if v else 'not known' for v in numbers.get(objective, (None, None)))
-            rows.append({'data': dataset, 'objective': objective, 'PGD, paper': pgd, 'PGD-20, here': _cell(group, 'pgd-20') or 'wanted', 'AutoAttack, paper': auto, 'AutoAttack, here': _cell(group, 'autoattack') or 'wanted',
-                         'epochs, here': epochs, 'seeds, here': len(group) or None})
+)->Table: # a row for each data set and objective of the paper that was measured; empty where none was
+    "The longest runs with the paper's network, images and ball, beside the paper's numbers"
+    rows, found = [], [r for r in _whole(records) if r['model']['arch'] == 'resnet18' and _as_in_paper(r)
+                       and any(result['attack'] in _PAPER_ATTACKS for result in r['results'])]
+    for dataset, objective in ((d, o) for d in PAPER_RESULTS for o in _PAPER_OBJECTIVES):
+        runs = [r for r in found if (r['data']['dataset'], _training(r).get('objective')) == (dataset, objective)]
+        epochs = max((_training(r).get('epochs') or 0 for r in runs), default=0)
+        groups:dict[str, list] = {}
+        for r in runs: # short runs do not stand beside the paper's
+            if (_training(r).get('epochs') or 0) == epochs:
+                groups.setdefault(json.dumps(_settings(r), sort_keys=True), []).append(r)
+        rows += [_paper_row(dataset, objective, group, list(groups.values())) for group in groups.values()]
     return Table(rows)
+
+def _paper_row(dataset:str, objective:str, group:list, groups:list[list])->dict[str, Any]:
+    "A row of `paper_table`; where other runs of the objective have other settings, it says which its own are"
+    row:dict[str, Any] = {'data': dataset, 'objective': objective}
+    numbers, settings = PAPER_RESULTS[dataset].get(objective, (None, None)), _settings(group[0])
+    for (attack, name), number in zip(_PAPER_ATTACKS.items(), numbers):
+        row[f'{name}, paper'] = 'not known' if number is None else f'{number:.2f}'
+        row[f'{_COLUMNS[attack]}, ours'] = _cell(group, attack) or 'not run yet'
+    row |= {'epochs, ours': settings.get('epochs'), 'seeds, ours': len(group)}
+    differ = [k for k, v in settings.items() if any(_settings(other[0]).get(k) != v for other in groups)]
+    return row | ({'settings, ours': ', '.join(f'{k} = {settings[k]}' for k in differ)} if differ else {})
+
+def not_run_yet(
+    rows:Sequence[Mapping[str, Any]], # of the runs that were, with `data` and `objective`; `paper_table`'s are such
+)->str: # a sentence
+    "Which runs of the paper's table are missing among these"
+    done = {(row['data'], row['objective']) for row in rows}
+    missing:dict[tuple[str, ...], list[str]] = {} # objectives -> data sets
+    for dataset in PAPER_RESULTS:
+        absent = tuple(o for o in _PAPER_OBJECTIVES if (dataset, o) not in done)
+        if absent: missing.setdefault(absent, []).append(dataset)
+    total = len(PAPER_RESULTS)*len(_PAPER_OBJECTIVES)
+    if not missing: return f"All {total} runs of the paper's table have been run."
+    number = sum(len(objectives)*len(datasets) for objectives, datasets in missing.items())
+    which = '; '.join(f"{', '.join(o)} on {', '.join(d)}" for o, d in missing.items())
+    return f"Not run yet: {number} of the {total} runs of the paper's table: {which}."

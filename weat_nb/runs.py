@@ -97,7 +97,8 @@ def best_row(
     objective:str|None = None, # what was trained
 )->dict: # of `history`, the first of equals
     "The epoch whose model is kept: of the highest clean accuracy for `standard`, else of the highest accuracy under PGD"
-    return max(history, key=lambda row: row['clean' if objective == 'standard' else 'pgd'])
+    chosen = [row for row in history if row.get('selectable', True)] or history # none yet: the best so far
+    return max(chosen, key=lambda row: row['clean' if objective == 'standard' else 'pgd'])
 
 # %% ../nbs/parts/runs.ipynb #6fc10a11
 def differences(

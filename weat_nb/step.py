@@ -71,8 +71,11 @@ def forward_passes(
 )->int: # forward-pass equivalents of one update
     "Cost of one update in forward passes: a gradient of the input costs one more, a gradient of the weights another"
     o = get_objective(objective)
-    attack = {None: 0, 'ce': 2*steps, 'kl': 1 + 2*steps if hoist else 3*steps}[o.attack]
-    return attack + 3*(o.needs_clean + o.needs_adv)
+    target = {None: 0, 'ce': 0, 'dlr': 0, 'kl': 1 if hoist else steps} # at the natural images: only KL reads their logits
+    if o.attack not in target:
+        raise ValueError(f"objective {objective!r} attacks by {o.attack!r}, whose passes are not known: its row must name ce, "
+                         "dlr, kl or None")
+    return target[o.attack] + 2*steps*(o.attack is not None) + 3*(o.needs_clean + o.needs_adv)
 
 def forward_cost(
     model:nn.Module, # logits from images

@@ -42,20 +42,25 @@ def energy_subsets(
     correct:Tensor, # (N,) bool: does the judge classify it correctly?
     *,
     share:float = .13, # of the N images, removed for H and for L; the paper's 6500 of 50000
-    seed:int = 0, # of the random draw for C
+    seed:int = 0, # of the random draw for C, and for I with equal sizes
+    equal_sizes:bool = False, # all four leave out the same number of images
 )->dict[str, Tensor]: # I, C, H, L: (N,) bool, which images stay
     "The four data sets of supplement A.4"
     if energy.ndim != 1 or correct.shape != energy.shape or correct.dtype != torch.bool:
         raise ValueError(f'energy must be (N,) and correct bool (N,), given {tuple(energy.shape)} and {correct.dtype} {tuple(correct.shape)}')
     n, n_wrong, n_removed = len(energy), int((~correct).sum()), round(share*len(energy))
     if not energy.isfinite().all(): raise ValueError(f'energy holds {int((~energy.isfinite()).sum())} values that are NaN or infinite')
-    if not 0 < n_removed < n - n_wrong or n_wrong >= n - n_wrong:
-        raise ValueError(f'{n_removed} of {n} images (share = {share:g}) and as many correct ones as wrong ones are to be removed, but {n - n_wrong} are classified correctly and {n_wrong} are not: '
-                         'take a better judge or a share that leaves correct images')
-    order = energy.argsort(stable=True)
-    from_top = energy.argsort(descending=True, stable=True)
-    drawn = correct.nonzero().squeeze(1)[torch.randperm(n - n_wrong, generator=torch.Generator().manual_seed(seed))]
-    removed = dict(I=(~correct).nonzero().squeeze(1), C=drawn[:n_wrong], H=from_top[correct[from_top]][:n_removed], L=order[:n_removed])
+    if equal_sizes: n_removed = min(n_removed, n_wrong)
+    n_drawn = n_removed if equal_sizes else n_wrong
+    if not 0 < n_removed < n - n_wrong or n_drawn >= n - n_wrong:
+        raise ValueError(f'{n_removed} of {n} images (share = {share:g}) and {n_drawn} correct ones are to be removed, '
+                         f'but {n - n_wrong} are classified correctly and {n_wrong} are not: take a better judge or a '
+                         'share that leaves correct images')
+    generator = torch.Generator().manual_seed(seed)
+    def draw(chosen:Tensor)->Tensor:
+        return chosen.nonzero().squeeze(1)[torch.randperm(int(chosen.sum()), generator=generator)][:n_drawn]
+    drawn, order, from_top = draw(correct), energy.argsort(stable=True), energy.argsort(descending=True, stable=True)
+    removed = dict(I=draw(~correct), C=drawn, H=from_top[correct[from_top]][:n_removed], L=order[:n_removed])
     kept = {name: torch.ones(n, dtype=torch.bool) for name in removed}
     for name, index in removed.items(): kept[name][index] = False
     return kept
@@ -90,14 +95,15 @@ def subset_table(
 def train_on(
     model:nn.Module, # to train, on its device: logits from images in [0, 1]
     train:ImageData, # images to train on
-    test:ImageData, # images measured after every epoch
+    test:ImageData, # images that are measured
     config:TrainConfig, # objective, attack, schedule, seed, and the data set whose augmentation is used; what else it says of data and network is not read
     *,
     eval_steps:int = 20, # PGD steps of the measurement, each eps/4 long (the paper's ratio)
+    eval_every:int = 1, # epochs between measurements; the last epoch is always measured
     augmented:bool = True, # crop and flip as the data set allows
     progress:Progress|None = None, # steps once an update
-)->list[dict[str, float]]: # an epoch's metrics a row: epoch, loss and those of `summarise`
-    "Adversarial training on given images, measured on given images after every epoch"
+)->list[dict[str, float]]: # a measured epoch's metrics a row: epoch, loss and those of `summarise`
+    "Adversarial training on given images, measured on given images as it goes"
     device, history = next(model.parameters()).device, []
     if config.aux_fraction: raise ValueError(f'aux_fraction = {config.aux_fraction:g} is not allowed: train_on has the images that it is given; mix synthesised ones into them, or use fit')
     if len(train) < config.batch_size: raise ValueError(f'batch_size = {config.batch_size} is not allowed: there are only {len(train)} training images')
@@ -105,6 +111,7 @@ def train_on(
     train, test = train.to(device), test.to(device)
     for epoch in range(1, config.epochs + 1):
         loss = train_epoch(model, step, optimizer, train, epoch, config, augmented=augmented, progress=progress)
+        if epoch % eval_every and epoch < config.epochs: continue
         measured = measure_energies(model, test, eps=config.eps, step_size=config.eps/4, steps=eval_steps, seed=config.seed)
         history.append(dict(epoch=epoch, loss=loss, **summarise(measured)))
     return history

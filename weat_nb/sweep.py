@@ -215,7 +215,7 @@ def summarise_sweep(
     rows = []
     for run in runs:
         why, first = failure(run), run.stages[0]
-        state = 'finished' if why is None else 'failed' if 'error' in _status(run.folder) else 'wanted'
+        state = 'finished' if why is None else 'failed' if 'error' in _status(run.folder) else 'not finished'
         rows.append({**{k: v for k, v in first.given.items() if k not in PLACE}, 'state': state, **scores(run.folder), 'run': run.folder.name})
     return rows
 
