@@ -2,17 +2,22 @@
 import io
 import json
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_bad_parameters import page
 
+from weat_nb import dynamics
 from weat_nb.checkpoints import save_tensors
 from weat_nb.dynamics import (
     DivergenceWarning,
     EnergyMonitor,
     animate_drift,
     drift,
+    error_rise,
     find_phases,
     plot_drift,
     plot_scatter,
@@ -96,6 +101,66 @@ def test_overfitting():
     dip[40] = 47. # one lucky epoch is no minimum of the smoothed curve worth two standard errors
     assert robust_overfitting(t, dip, 10_000) is None
     with pytest.raises(ValueError, match='at least 6 values'): robust_overfitting([1, 2], [50, 50], 100)
+
+
+def test_a_rise_of_the_error_is_of_two_groups():
+    history = [dict(epoch=e, pgd=pgd) for e, pgd in ((1, 20.), (2, 60.), (3, 45.))]
+    found = error_rise(history, 2, 400)
+    assert (found.estimate, found.n) == (pytest.approx(15), 400)
+    assert found.high - found.estimate == pytest.approx(1.963*100*((.6*.4 + .45*.55)/399)**.5, rel=1e-3)
+    assert error_rise(history, 2, 20).low < 0 # 15 points are 3 images
+
+
+# The claims of the page, by its own cells, on runs that were never trained
+
+notebook = Path(__file__).parent.parent/'nbs/05_dynamics.ipynb'
+SAT = [20, 80], [0, -.17, -.2, -.74]
+SMALL = dict(sat=SAT, trades=([20, 80], [0, 0, -.02, -.06]), mail_trades=([20, 80], [0, 0, -.01, -.04]),
+             weat_nat=([20, 80], [0, 0, -.01, -.02]), weat_adv=([20, 80], [0, 0, 0, -.002]))
+
+
+def verdicts(curves, error, learnt, **scale):
+    "Of the rows about the paper's curves; `curves`: joints and ΔE at 0, the joints and 100"
+    scale = dict(epochs=100, num_train=40_000) | scale
+    names = page(notebook).run(dataset='cifar10', objectives=', '.join(curves), num_val=2000, **scale)
+    g, n, epochs = torch.Generator().manual_seed(0), 80, range(0, scale['epochs'] + 1, 10)
+    own = .3*torch.randn(n, generator=g)
+    def snapshot(epoch, curve):
+        joints, values = curve
+        delta = np.interp(epoch, [0, *joints, 100], values) + .01*torch.randn(n, generator=g)
+        energy, loss = own - np.log(10) - epoch/50, 2*.98**epoch
+        robust = np.interp(epoch, [0, 80, 100], [10, 50, learnt]) > 100*torch.arange(n)/n
+        out = dict(energy_nat=energy, joint_nat=energy + loss, correct_nat=robust.float(), delta=delta)
+        out |= dict(energy_adv=energy - delta, joint_adv=energy - delta + loss + 1 - own.clamp(-1, 1))
+        return {**out, 'correct_adv': robust.float(), 'indices': torch.arange(n)}
+    snapshots = {name: {e: snapshot(e, curve) for e in epochs} for name, curve in curves.items()}
+    history = [dict(epoch=e, pgd=100 - np.interp(e, [1, 80, 100], error)) for e in range(1, epochs[-1] + 1)]
+    names.update({name: getattr(dynamics, name) for name in dynamics.__all__}, epochs=epochs, followed=n,
+                 results=dict.fromkeys(curves, SimpleNamespace(history=history)), snapshots=snapshots,
+                 on_train={name: snapshot_history(s) for name, s in snapshots.items()},
+                 classes=range(10), c=names['configs']['sat'])
+    for cell in json.loads(notebook.read_text(encoding='utf-8'))['cells']:
+        source = ''.join(cell['source'])
+        if any(f'\n{text}' in f'\n{source}' for text in ('def judge(', 'first, last =', 'FULL =')):
+            exec(source, names)
+    return [row['verdict'] for row in names['rows'][-5:]], names['rows']
+
+
+def test_claims_at_the_paper_s_scale():
+    yes, rows = verdicts(SMALL, (74, 47, 56), 80)
+    assert yes == ['supported']*5, rows
+    assert [rows[1]['verdict'], rows[3]['verdict']] == ['supported']*2
+    flat = {**dict.fromkeys(SMALL, ([20, 80], [0, -.17, -.5, -.74])), 'trades': ([20, 80], [0, .001, .002, .003])}
+    no, rows = verdicts(flat, (74, 47, 56), 80)
+    assert no[1:] == ['not supported', 'inconclusive', 'supported', 'not supported'], rows
+    for error, learnt, found in (((74, 56, 47), 80, 'not supported'), ((74, 47, 48), 80, 'inconclusive'),
+                                 ((74, 47, 56), 40, 'not supported')): # the last: no image is learnt any more
+        assert verdicts(dict(sat=SAT, trades=SAT), error, learnt)[0][-2] == found
+    assert verdicts(dict(sat=SAT, trades=SAT), (74, 47, 56), 80)[0][-1] == 'not supported'
+
+
+@pytest.mark.parametrize('less', [dict(epochs=90), dict(num_train=39_000)], ids=str)
+def test_claims_below_it(less): assert verdicts(SMALL, (74, 47, 56), 80, **less)[0] == ['not tested at scale']*5
 
 
 def test_pictures():

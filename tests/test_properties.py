@@ -147,7 +147,7 @@ def test_layout_and_inputs_of_energies_and_losses(survived):
     survived(NUMBERS, 'logits that are not contiguous', ran*len(OF_LOGITS)*len(LAYOUTS), 'the same values; inputs and random state untouched')
 
 
-# Attacks. Few steps on tiny images: a fraction of a second for all ten.
+# Attacks. Few steps on tiny images: a fraction of a second for all of them.
 
 STEPS = {name: dict(steps=2) for name in ATTACKS} | {'square': dict(steps=6), 'cw-l2': dict(steps=5, binary_search_steps=2, initial_const=1.)}
 SLOW_WITH_CLASSES = {'fab'} # a gradient for each class

@@ -11,6 +11,7 @@ __all__ = ['read_snapshots', 'snapshot_history', 'drift', 'plot_scatter', 'plot_
 # %% ../nbs/05_dynamics.ipynb #4d2c5df3
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -130,17 +131,20 @@ def animate_drift(
     return out.getvalue()
 
 # %% ../nbs/05_dynamics.ipynb #e2f1d8ed
+@lru_cache(maxsize=8)
+def _lines(t:tuple[float, ...], least:int)->tuple[list[tuple[int, int]], np.ndarray]:
+    "All pairs of joints (as positions), and an orthonormal basis (points, 4) of the lines with them"
+    joints = [(i, j) for i in range(least - 1, len(t) - 2*least + 2) for j in range(i + least - 1, len(t) - least + 1)]
+    x, (first, second) = np.array(t), np.array(t)[np.array(joints).T][..., None]
+    ones = np.ones((len(joints), len(t)))
+    return joints, np.linalg.qr(np.stack([ones, ones*x, np.maximum(x - first, 0), np.maximum(x - second, 0)], axis=2))[0]
+
 def _three_pieces(t:np.ndarray, v:np.ndarray, least:int)->tuple[np.ndarray, tuple[int, int]]:
     "Fitted values and joints (as positions) of the best continuous line of three pieces"
-    best:tuple[float, np.ndarray, tuple[int, int]]|None = None
-    for i in range(least - 1, len(t) - 2*least + 2):
-        for j in range(i + least - 1, len(t) - least + 1):
-            design = np.stack([np.ones_like(t), t, np.maximum(t - t[i], 0), np.maximum(t - t[j], 0)], axis=1)
-            fitted = design @ np.linalg.lstsq(design, v, rcond=None)[0]
-            error = ((fitted - v)**2).sum()
-            if best is None or error < best[0]: best = (float(error), fitted, (i, j))
-    assert best is not None # there are at least three times `least` points
-    return best[1:]
+    joints, basis = _lines(tuple(t), least)
+    fitted = (basis @ (basis.transpose(0, 2, 1) @ v)[..., None])[..., 0]
+    best = int(((fitted - v)**2).sum(1).argmin())
+    return fitted[best], joints[best]
 
 def find_phases(
     epochs:Sequence[int], # of the points, ascending

@@ -12,7 +12,6 @@ __all__ = ['PUBLISHED_RECORDS', 'PAPER_RESULTS', 'suspicions', 'standard_error',
 import json
 import math
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +64,7 @@ def record_rows(
 
 # %% ../nbs/parts/records.ipynb #89c1d31c
 _OBJECTIVES = ('standard', 'sat', 'trades', 'mart', 'mail_trades', 'weat_nat', 'weat_adv', 'der', 'der_single_step')
+_TOLD = ('data', 'objective', 'network', 'epochs', 'precision')
 _COLUMNS = {'clean': 'clean', 'pgd-20': 'PGD-20', 'cw': 'CW', 'autoattack': 'AutoAttack'}
 
 def read_records(
@@ -84,7 +84,11 @@ def _training(record:Mapping[str, Any])->dict[str, Any]: return record['model'].
 
 def _settings(record:Mapping[str, Any])->dict[str, Any]:
     "What the runs of a row have in common"
-    return {k: v for k, v in _training(record).items() if k not in ('seed', 'precision')}
+    return {k: v for k, v in _training(record).items() if k != 'seed'}
+
+def _apart(settings:Mapping[str, Any], others:Sequence[Mapping[str, Any]])->str:
+    "The settings that tell a row from others like it; empty where there are none"
+    return ', '.join(f'{k} = {v}' for k, v in settings.items() if any(other.get(k) != v for other in others))
 
 def _order(record:Mapping[str, Any])->tuple:
     objective, model = _training(record).get('objective'), record['model']
@@ -129,7 +133,7 @@ def measured_table(
         groups.setdefault(json.dumps(alike, sort_keys=True), []).append(record)
     rows = []
     for group in groups.values():
-        training, first, precision = _training(group[0]), group[0], Counter(_training(record).get('precision') for record in group)
+        training, first = _training(group[0]), group[0]
         images = {column: '/'.join(map(str, counts)) for a, column in columns.items() if (counts := sorted({r['num_images'] for record in group for r in record['results'] if r['attack'] == a}))}
         dataset, split, radius = first['data']['dataset'], first['data']['split'], _ball(first)[0]
         data = dataset if split == 'test' else f'{dataset}, {split} images'
@@ -137,7 +141,10 @@ def measured_table(
         rows.append({'data': data, 'objective': training.get('objective') or first['model']['name'], 'network': first['model']['arch'], 'epochs': training.get('epochs'), 'seeds': len(group),
                      **{column: _cell(group, a) for a, column in columns.items()},
                      'images': next(iter(images.values())) if len(set(images.values())) == 1 else ', '.join(f'{n} {column}' for column, n in images.items()),
-                     'precision': training.get('precision') if len(precision) == 1 else ', '.join(f'{k} ({n})' for k, n in precision.items())})
+                     'precision': training.get('precision')})
+    for row, group in zip(rows, groups.values()):
+        alike = [_settings(other[0]) for r, other in zip(rows, groups.values()) if all(r[k] == row[k] for k in _TOLD)]
+        if differ := _apart(_settings(group[0]), alike): row['settings'] = differ
     return Table(rows)
 
 # %% ../nbs/parts/records.ipynb #78a362f5
@@ -183,8 +190,8 @@ def _paper_row(dataset:str, objective:str, group:list, groups:list[list])->dict[
         row[f'{name}, paper'] = 'not known' if number is None else f'{number:.2f}'
         row[f'{_COLUMNS[attack]}, ours'] = _cell(group, attack) or 'not run yet'
     row |= {'epochs, ours': settings.get('epochs'), 'seeds, ours': len(group)}
-    differ = [k for k, v in settings.items() if any(_settings(other[0]).get(k) != v for other in groups)]
-    return row | ({'settings, ours': ', '.join(f'{k} = {settings[k]}' for k in differ)} if differ else {})
+    differ = _apart(settings, [_settings(other[0]) for other in groups])
+    return row | ({'settings, ours': differ} if differ else {})
 
 def not_run_yet(
     rows:Sequence[Mapping[str, Any]], # of the runs that were, with `data` and `objective`; `paper_table`'s are such
