@@ -42,7 +42,7 @@ from .pretrained import PUBLIC_MODELS, load_pretrained, load_weights, pretrained
 from .records import record_rows, standard_error, suspicions
 from .runs import Progress, differences, lock_file, write_text
 from .step import exact_float32
-from .train import PROTOCOLS
+from .train import from_protocol
 
 # %% ../nbs/09_evaluate.ipynb #9d2bbe9f
 AUTOATTACK = {'apgd-ce': 100, 'apgd-t': 900, 'fab-t': 900, 'square': 5000} # version standard: the iterations of each part, in the order in which they run
@@ -256,9 +256,7 @@ def evaluate(
     "Accuracy under each attack, and everything that was run"
     attacks = ('clean', *(a for a in dict.fromkeys(attacks) if a != 'clean'))
     counts = _image_counts(attacks, num_images, len(data))
-    protocol = PROTOCOLS.get(data.name, {})
-    eps, step_size = (protocol.get(k) if v is None else v for k, v in (('eps', eps), ('step_size', step_size)))
-    if eps is None or step_size is None: raise ValueError(f'the data set {data.name!r} has no protocol: give eps and step_size, in pixel units (8/255, not 8)')
+    eps, step_size = from_protocol(data.name, dict(eps=eps, step_size=step_size)).values()
     settings = {a: dict(num_images=counts[a], **describe_attack(a, eps=eps, step_size=step_size)) for a in attacks}
     _check(model, data, attacks, batch_size)
     if 'autoattack' in attacks: settings['autoattack']['pyautoattack'] = version('pyautoattack')

@@ -311,7 +311,8 @@ def _rise(record:dict[str, Tensor], kind:str = 'energy')->Interval: return mean_
 
 def _modes(m:dict[str, Tensor])->str:
     "What lies on either side of the valley of E(x*, y)"
-    where = valley(m['joint_adv'])[0]
+    where, depth = valley(m['joint_adv'])
+    if depth >= .5: return 'one mode in these images'
     left = m['joint_adv'] < where
     still = [100*m['correct_adv'][side].double().mean().item() for side in (left, ~left)]
     return (f'valley at {where:.1f} nats; left of it {100*left.double().mean():.0f} % of the images, of which the network classifies '

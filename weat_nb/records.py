@@ -110,8 +110,8 @@ def _whole(records:Sequence[Mapping[str, Any]])->list[Mapping[str, Any]]:
     return list(found.values())
 
 def _as_in_paper(record:Mapping[str, Any])->bool:
-    "Trained on all images and evaluated on test images, attacked in the paper's ball both times"
-    return record['data']['split'] == 'test' and _training(record).get('num_train') is None and all(eps is not None and abs(eps - 8/255) < 1e-6 for eps in (_training(record).get('eps'), _ball(record)[0]))
+    "Trained by the paper's protocol on all images and evaluated on test images, attacked in the paper's ball both times"
+    return _training(record).get('protocol', 'paper') == 'paper' and record['data']['split'] == 'test' and _training(record).get('num_train') is None and all(eps is not None and abs(eps - 8/255) < 1e-6 for eps in (_training(record).get('eps'), _ball(record)[0]))
 
 def _cell(group:Sequence[Mapping[str, Any]], attack:str)->str|None:
     "Mean and spread of one accuracy over the seeds of a row"

@@ -12,6 +12,7 @@ __all__ = ['write_error', 'write_file', 'write_text', 'write_lines', 'read_lines
 import errno
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -240,6 +241,7 @@ def publish_run(
         if not (keep or cell['cell_type'] == 'markdown' and 'report' in tags): continue
         cell['metadata'] = {'tags': [t for t in tags if t == 'report']} if 'report' in tags else {}
         if 'injected-parameters' in tags: source = source.replace('# Parameters\n', '', 1)
+        if cell['cell_type'] == 'markdown': source = re.sub(r'\]\((?!\w+:|[#/])', '](../', source) # the page lies a folder deeper
         cells.append({**cell, 'source': source.splitlines(True), **({'execution_count': None} if cell['cell_type'] == 'code' else {})})
     if not cells: raise ValueError(f'{executed} has no cell tagged "report": nothing to publish')
     head = f'# {title}\n\n> {note}' # a title and a subtitle alone: nbdev makes the page's header of this cell
