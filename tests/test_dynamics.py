@@ -149,7 +149,7 @@ def verdicts(curves, error, learnt, **scale):
 def test_claims_at_the_paper_s_scale():
     yes, rows = verdicts(SMALL, (74, 47, 56), 80)
     assert yes == ['supported']*5, rows
-    assert [rows[1]['verdict'], rows[3]['verdict']] == ['supported']*2
+    assert [rows[0]['verdict'], rows[2]['verdict']] == ['supported']*2
     flat = {**dict.fromkeys(SMALL, ([20, 80], [0, -.17, -.5, -.74])), 'trades': ([20, 80], [0, .001, .002, .003])}
     no, rows = verdicts(flat, (74, 47, 56), 80)
     assert no[1:] == ['not supported', 'inconclusive', 'supported', 'not supported'], rows
