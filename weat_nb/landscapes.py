@@ -363,7 +363,7 @@ def attack_claims(
     if pgd and trades:
         more = mean_interval(100*(trades['correct_adv'] - pgd['correct_adv']))
         add('TRADES leaves 10 points more robust accuracy than PGD', more, 'above', 10., unit='points', paper='30 % against 0 %')
-        ratio = lambda i: (trades['joint_adv'][i].std()/pgd['joint_adv'][i].std()).item()
+        ratio = lambda i: (trades['joint_adv'][i].std()/pgd['joint_adv'][i].std().clamp(min=1e-9)).item() # one image may be drawn n times
         add('E(x, y) spreads more under TRADES than under PGD: ratio of standard deviations',
             bootstrap_interval(ratio, n), 'above', 1., unit='', paper='much larger')
     others = [m for name, m in measured.items() if name != 'cw-l2']
