@@ -1,4 +1,4 @@
-"""How adversarial training moves the energies of natural and attacked images, in three phases, and a monitor that says when robust overfitting begins.
+"""How adversarial training moves the energies, rules for the paper's three phases and for robust overfitting, and a monitor of ΔE.
 
 Docs: https://weat-nb.github.io/weat_nb/dynamics.html.md"""
 

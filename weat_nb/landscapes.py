@@ -388,11 +388,12 @@ def steps_claims(
             sign = 1 if side == 'above' else -1
             change = {model: mean_interval(s[kind][-1] - s[kind][1]) for model, s in own.items()}
             going = torch.cat([sign*s[kind][1:].double().mean(1).diff() > 0 for s in own.values()])
+            first = sum(bool(sign*(s[kind][1] - s[kind][0]).double().mean() > 0) for s in own.values())
             least = min(change, key=lambda model: sign*change[model].estimate)
-            row = claim_row(f'{label} {verb} with the steps of {LABELS[name]}, whatever the depth', change[least], side,
+            row = claim_row(f'{label} {verb} from step {counts[1]} of {LABELS[name]} to the last, whatever the depth', change[least], side,
                             paper='Figs. 1(a), A, B', needs=dict(networks=3), reached=dict(networks=len(own)),
-                            note=f'from step {counts[1]} to {counts[-1]} of {short_name(least)}, the least; {verb} in {int(going.sum())} of '
-                                 f'{len(going)} intervals of {len(own)} networks')
+                            note=f'{short_name(least)}, the least; {verb} in {int(going.sum())} of {len(going)} intervals from step {counts[1]} on; '
+                                 f'from 0 to {counts[1]} in {first} of {len(own)} networks')
             each = [verdict(c, side) for c in change.values()]
             rows.append(row if row['verdict'] == 'not tested at scale' else {**row, 'verdict': all_of(each)})
     return rows
