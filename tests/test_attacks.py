@@ -266,7 +266,7 @@ def test_imports_parts_only():
 
 QUICK = dict(square=dict(steps=40)) | {name: dict(steps=5) for name in ATTACKS if name != "square"}
 QUICK["cw-l2"] = dict(steps=20, binary_search_steps=3, initial_const=1.)
-RANDOM = ("pgd", "trades", "apgd", "apgd-dlr", "apgd-t", "square")
+RANDOM = ("pgd", "trades", "pgd-t", "pgd-dlr", "apgd", "apgd-dlr", "apgd-t", "square")
 EPS = .1
 every = pytest.mark.parametrize("name", ATTACKS)
 

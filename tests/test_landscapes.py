@@ -191,15 +191,15 @@ def study(*means):
 def test_steps_claims(means, found):
     three = {(f'a-{c}', 'pgd'): study(0., 1, -2, -3) for c in 'bc'} | {('a-d', 'pgd'): study(*means)}
     rows = steps_claims(three, (0, 1, 2, 3))
-    assert [r['verdict'] for r in rows] == [found]*2 and rows[0]['claim'] == 'E(x) falls with the steps of PGD, whatever the depth'
-    assert ('of d, the least' in rows[0]['ours']) == (found != 'supported')
+    assert [r['verdict'] for r in rows] == [found]*2 and rows[0]['claim'] == 'E(x) falls from step 1 of PGD to the last, whatever the depth'
+    assert ('nats; d, the least' in rows[0]['ours']) == (found != 'supported')
     assert [r['verdict'] for r in steps_claims({('a-b', 'pgd'): study(0., 1, -2, -3)}, (0, 1, 2, 3))] == ['not tested at scale']*2
 
 
 def test_claims_count_every_model():
     "Checkpoints of one folder have one short name"
     rows = steps_claims({(f'runs/a/{n}.safetensors', 'pgd'): study(0., s, -2*s, -3*s) for n, s in (('best', 1), ('last', -1), ('other', 1))}, (0, 1, 2, 3))
-    assert [r['verdict'] for r in rows] == ['not supported']*2 and 'in 4 of 6 intervals of 3 networks' in rows[0]['ours']
+    assert [r['verdict'] for r in rows] == ['not supported']*2 and 'in 4 of 6 intervals from step 1 on; from 0 to 1 in 1 of 3 networks' in rows[0]['ours']
 
 
 def test_an_attack_that_cannot_move_is_no_robustness(data):
