@@ -15,11 +15,13 @@ from weat_nb.models import create_model
 
 
 def train(name, updates=5, batch_size=8):
-    "Losses, parameters and buffers of adversarial training in float64, its batches and noise drawn from one generator"
+    """Losses, parameters and buffers of adversarial training in float64, its batches and noise
+    drawn from one generator"""
     objective, model = get_objective(name), create_model('resnet8', 10, 1, 28, seed=0).double()
     shared = data_parallel(synchronise_batchnorm(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9, weight_decay=5e-4)
-    generator, losses, radii = torch.Generator().manual_seed(0), [], dict(eps=.1, step_size=.03, steps=2)
+    generator, losses, radii = (torch.Generator().manual_seed(0), [],
+                                dict(eps=.1, step_size=.03, steps=2))
     for _ in range(updates):
         x = torch.rand(batch_size, 1, 28, 28, generator=generator, dtype=torch.float64)
         y = torch.randint(10, (batch_size,), generator=generator)
@@ -41,7 +43,7 @@ def both(): return [train('trades'), train('sat')]
 
 
 def batchnorm(rounds=2):
-    "Output, gradients and statistics of one layer whose input lies far from 0, gathered in the order of the batch"
+    "Output, gradients, statistics of a layer with input far from 0, gathered in the batch's order"
     generator, bn = torch.Generator().manual_seed(0), nn.BatchNorm2d(3, momentum=None).double()
     bn = synchronise_batchnorm(bn)
     found = {}
@@ -65,7 +67,8 @@ def batchnorm(rounds=2):
 def batchnorm_bf16():
     "Type of the output and of the gradient, and the mean of the output, for half-precision input"
     bn = synchronise_batchnorm(nn.BatchNorm2d(3))
-    x = my_share(torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0)).bfloat16()).requires_grad_()
+    x = my_share(torch.randn(
+        8, 3, 6, 6, generator=torch.Generator().manual_seed(0)).bfloat16()).requires_grad_()
     y = bn(x)
     y.float().square().sum().backward()
     return [str(y.dtype), str(x.grad.dtype), all_mean(y.detach().float().mean()).item()]
@@ -75,13 +78,14 @@ def batchnorms(): return dict(batchnorm(), halves=batchnorm_bf16())
 
 
 def count(folder, updates, dies_at, times=1):
-    "Count to `updates`, a file at a time; in the first attempts the last process is killed on the way"
+    "Count to `updates`, a file at a time; in first attempts the last process is killed on the way"
     folder, attempt = Path(folder), int(os.environ['TORCHELASTIC_RESTART_COUNT'])
     (folder/f'attempt-{attempt}-{rank()}').write_text(str(os.getpid()))
     began = len(list(folder.glob('update-*')))
     barrier()
     for done in range(began + 1, updates + 1):
-        if attempt < times and done >= dies_at and rank() == world_size() - 1: os.kill(os.getpid(), signal.SIGKILL)
+        if attempt < times and done >= dies_at and rank() == world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         barrier()
         if is_main(): (folder/f'update-{done}').touch()
         barrier()
@@ -105,7 +109,9 @@ def together():
     return dict(both=both(), batchnorms=batchnorms(), shares=[share(4), share(5)])
 
 
-def facts(): return [rank(), world_size(), is_main(), torch.get_num_threads(), signal.getsignal(signal.SIGINT) == signal.SIG_DFL]
+def facts():
+    return [rank(), world_size(), is_main(), torch.get_num_threads(),
+            signal.getsignal(signal.SIGINT) == signal.SIG_DFL]
 
 
 def tensor(): return torch.zeros(1)

@@ -1,11 +1,12 @@
-"""Do a job in FOLDER/killed again and again in fresh processes that are killed, until it has been killed so many times; a line of
-JSON for each. Then let it come to its end, and do it once more in FOLDER/whole, where nothing is killed.
+"""Do a job in FOLDER/killed again and again in fresh processes that are killed, until it has been
+killed so many times; a line of JSON for each. Then let it come to its end, and do it once more in
+FOLDER/whole, where nothing is killed.
 
     python kill_often.py train|evaluate|publish FOLDER TIMES
 
-A fork has all modules loaded, so that fifty processes take seconds. It is killed by SIGKILL: at its k-th update, with half a file
-written, with a whole file not yet renamed, with one renamed, or at a random moment soon after that. How far it comes does not
-depend on how fast the machine is."""
+A fork has all modules loaded, so that fifty processes take seconds. It is killed by SIGKILL: at its
+k-th update, with half a file written, with a whole file not yet renamed, with one renamed, or at a
+random moment soon after that. How far it comes does not depend on how fast the machine is."""
 import builtins
 import json
 import os
@@ -20,7 +21,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-tqdm.set_lock(threading.RLock()) # its own is shared by all forks: one that is killed while it draws would keep it for ever
+# its own is shared by all forks: one that is killed while it draws would keep it for ever
+tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0 # no thread that might hold the lock at the moment of a fork
 torch.set_num_threads(1) # before a fork: the threads of a pool would not live in the child
 
@@ -29,7 +31,8 @@ from weat_nb.data import load_dataset
 
 train.load_dataset = lru_cache(load_dataset) # fifty processes need not unpack it fifty times,
 train.measure_energies = partial(train.measure_energies, steps=1) # nor attack well
-CONFIG = train.TrainConfig(num_train=8, num_val=2, attack_steps=1, batch_size=4, epochs=60, precision='float32', device='cpu')
+CONFIG = train.TrainConfig(num_train=8, num_val=2, attack_steps=1, batch_size=4, epochs=60,
+                           precision='float32', device='cpu')
 
 
 def train_it(folder): train.fit(CONFIG, folder/'run')
@@ -37,14 +40,16 @@ def train_it(folder): train.fit(CONFIG, folder/'run')
 
 def evaluate_it(folder):
     model = pretrained.load_pretrained('fashion_mini-sat-resnet8')
-    found = evaluate.evaluate(model, train.load_dataset('fashion_mini', 'test')[:100], ['clean', 'pgd-2'], folder/'state.json', batch_size=1, show=False)
+    found = evaluate.evaluate(model, train.load_dataset('fashion_mini', 'test')[:100],
+                              ['clean', 'pgd-2'], folder/'state.json', batch_size=1, show=False)
     (folder/'result.json').write_text(json.dumps({k: v.tolist() for k, v in found.correct.items()}))
 
 
 def publish_it(folder):
     "Many pages and models: one by one they appear, and what is there already stays"
     for i in range(20):
-        runs.publish_run(folder.parent/'executed.ipynb', folder/f'page{i}.ipynb', f'Page {i}', 'A run')
+        runs.publish_run(folder.parent/'executed.ipynb', folder/f'page{i}.ipynb', f'Page {i}',
+                         'A run')
         try: pretrained.publish_model(folder.parent/'run', f'model{i}', folder/'models')
         except FileExistsError: pass # whole, of an earlier process
 
@@ -86,7 +91,8 @@ def arm(point, count, delay):
     if point == 'in an update': train.TrainStep.__call__ = counted(count, train.TrainStep.__call__)
     if point == 'file not renamed': os.replace = counted(count, os.replace)
     if point == 'file renamed': os.replace = counted(count, os.replace, then=die)
-    if point == 'at a random moment': os.replace = counted(count, os.replace, then=threading.Timer(delay, die).start)
+    if point == 'at a random moment':
+        os.replace = counted(count, os.replace, then=threading.Timer(delay, die).start)
     if point == 'half a file':
         left = [count]
 
@@ -110,18 +116,22 @@ def kill_once(job, folder, point, rng):
             os._exit(1)
         os._exit(0)
     _, status = os.waitpid(pid, 0)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status): raise RuntimeError(f'{point}: {(folder/"error").read_text()}')
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise RuntimeError(f'{point}: {(folder/"error").read_text()}')
     return os.WIFSIGNALED(status)
 
 
 def main(name, folder, times):
     folder, rng, job = Path(folder), random.Random(0), JOBS[name]
-    points = ['half a file', 'file not renamed', 'file renamed', 'at a random moment'] + ['in an update']*(name == 'train')
+    points = ['half a file', 'file not renamed', 'file renamed', 'at a random moment'] + [
+        'in an update']*(name == 'train')
     for which in ('warm', 'killed', 'whole'): (folder/which).mkdir()
-    if name == 'train': train.fit(replace(CONFIG, epochs=1), folder/'warm'/'run') # what a first update prepares, a fork inherits
+    if name == 'train': # what a first update prepares, a fork inherits
+        train.fit(replace(CONFIG, epochs=1), folder/'warm'/'run')
     for i in range(int(times)):
         point = points[i % len(points)]
-        if not kill_once(job, folder/'killed', point, rng): sys.exit(f'the job ended after {i} kills')
+        if not kill_once(job, folder/'killed', point, rng):
+            sys.exit(f'the job ended after {i} kills')
         print(json.dumps(dict(point=point)), flush=True)
     for which in ('killed', 'whole'): job(folder/which)
 

@@ -12,7 +12,9 @@ except ImportError: import tomli as tomllib # Python 3.10
 def lowest(pyproject):
     "Lines NAME==VERSION: what the package and its extras need, not the tools of development"
     project = tomllib.loads(Path(pyproject).read_text(encoding='utf-8'))['project']
-    needs = [*project['dependencies'], *(n for extra, wanted in project['optional-dependencies'].items() if extra != 'dev' for n in wanted)]
+    needs = [*project['dependencies'],
+             *(n for extra, wanted in project['optional-dependencies'].items() if extra != 'dev'
+               for n in wanted)]
     for need in sorted({str(n): n for n in map(Requirement, needs)}.values(), key=str):
         for s in need.specifier:
             if s.operator == '>=': yield f'{need.name}=={s.version}'

@@ -1,4 +1,5 @@
-"README.md and its picture from nbs/index.ipynb: `python tests/readme.py` writes them, test_docs.py compares them"
+"""README.md and its picture from nbs/index.ipynb: `python tests/readme.py` writes them,
+test_docs.py compares them"""
 import json
 import re
 from base64 import b64decode
@@ -15,7 +16,8 @@ def directive(source, name):
 
 
 def readme_from_index():
-    "The index page as Markdown, and the files of its pictures: hidden cells left out, outputs as text, links to pages made absolute"
+    """The index page as Markdown, and the files of its pictures: hidden cells left out,
+    outputs as text, links to pages made absolute"""
     parts, pictures = [], {}
     for cell in json.loads((root/'nbs/index.ipynb').read_text())['cells']:
         source = ''.join(cell['source'])
@@ -29,9 +31,15 @@ def readme_from_index():
                     pictures[path] = b64decode(''.join(data['image/png']))
                     parts.append(f'![{directive(source, "fig-cap")}]({path})')
                 elif 'text/markdown' in data: parts.append(''.join(data['text/markdown']))
-                else: parts.append('\n'.join('    ' + line for line in ''.join(data['text/plain']).splitlines()))
-        else: parts.append(re.sub(r'\]\(([\w/]*?)(\d\d_)?(\w+)\.ipynb\)', rf']({site}\1\3.html)', source))
-    return '\n\n'.join(['<!-- made from nbs/index.ipynb by tests/readme.py: edit the notebook -->', *parts]) + '\n', pictures
+                else:
+                    parts.append('\n'.join(
+                        '    ' + line for line in ''.join(data['text/plain']).splitlines()))
+        else:
+            parts.append(re.sub(
+                r'\]\(([\w/]*?)(\d\d_)?(\w+)\.ipynb\)', rf']({site}\1\3.html)', source))
+    return '\n\n'.join([
+        '<!-- made from nbs/index.ipynb by tests/readme.py: edit the notebook -->',
+        *parts]) + '\n', pictures
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"What guards weat_nb.attacks beyond the chapter: other implementations, odd inputs, the caller's modes."
+"Guards of weat_nb.attacks beyond the chapter: other implementations, odd inputs, callers' modes."
 import ast
 import copy
 import importlib
@@ -15,7 +15,8 @@ from torch import nn
 
 from record_cw_linf import RECORD, SETTINGS, subject
 from weat_nb import attacks
-from weat_nb.attacks import ATTACKS, ascent_direction, ascent_loss, attack, dlr_loss, eval_mode, pgd, pgd_loop, projection, starting_point
+from weat_nb.attacks import (ATTACKS, ascent_direction, ascent_loss, attack, dlr_loss, eval_mode,
+                             pgd, pgd_loop, projection, starting_point)
 from weat_nb.carlini_wagner import cw_l2, cw_linf
 from weat_nb.guards import GradientMaskingWarning
 
@@ -24,8 +25,8 @@ RADII = {"linf": .1, "l2": .8}
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(.5), nn.Flatten(),
-                        nn.Linear(6 * 9, 5))
+    net = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(.5),
+                        nn.Flatten(), nn.Linear(6 * 9, 5))
     with torch.no_grad():
         for _ in range(20): net(torch.rand(64, 1, 8, 8))
     return net.eval()
@@ -37,11 +38,14 @@ def batch():
 
 def run(net, x, y, norm="linf", **options):
     eps = RADII.get(norm, .1)
-    defaults = dict(eps=eps, step_size=eps / 4, steps=5, norm=norm, generator=torch.Generator().manual_seed(2))
+    defaults = dict(eps=eps, step_size=eps / 4, steps=5, norm=norm,
+                    generator=torch.Generator().manual_seed(2))
     if options.get("loss") == "kl": defaults["start"] = "gaussian"
     return pgd(net, x, y, **defaults | options)
 
-def length(delta, norm): return torch.linalg.vector_norm(delta.flatten(1), ord=math.inf if norm == "linf" else 2, dim=1)
+def length(delta, norm):
+    return torch.linalg.vector_norm(
+        delta.flatten(1), ord=math.inf if norm == "linf" else 2, dim=1)
 
 @pytest.mark.parametrize("norm", RADII)
 @pytest.mark.parametrize("loss", ["ce", "kl", "dlr"])
@@ -53,7 +57,8 @@ def test_inside_ball_and_box(net, batch, norm, loss, steps):
         x_adv = run(net, x, y, norm, loss=loss, steps=steps, start=start)
         assert length(x_adv - x, norm).max() <= RADII[norm] + 1e-6
         assert x_adv.min() >= 0 and x_adv.max() <= 1
-        assert x_adv.dtype == x.dtype and x_adv.shape == x.shape and x_adv.grad_fn is None and not x_adv.requires_grad
+        assert (x_adv.dtype == x.dtype and x_adv.shape == x.shape
+                and x_adv.grad_fn is None and not x_adv.requires_grad)
 
 def naive_pgd(net, x, y, loss, start, eps, step_size, steps):
     "Written from the formula, with backward() and the textbook KL"
@@ -65,7 +70,8 @@ def naive_pgd(net, x, y, loss, start, eps, step_size, steps):
             p, q = net(x).softmax(1).detach(), net(x_adv).softmax(1)
             value = (p * (p / q).log()).sum()
         grad, = torch.autograd.grad(value, x_adv)
-        x_adv = torch.max(torch.min(x_adv.detach() + step_size * grad.sign(), x + eps), x - eps).clamp(0, 1)
+        x_adv = torch.max(
+            torch.min(x_adv.detach() + step_size * grad.sign(), x + eps), x - eps).clamp(0, 1)
     return x_adv
 
 @pytest.mark.parametrize("loss", ["ce", "kl"])
@@ -101,9 +107,11 @@ def test_more_steps_hurt_more(net, batch, loss):
 def test_target_raises_the_target(net, batch, loss):
     x, y = batch
     target = (y + 1) % 5
-    def lead(images): return (net(images).gather(1, target[:, None]) - net(images).gather(1, y[:, None])).mean()
+    def lead(images):
+        return (net(images).gather(1, target[:, None]) - net(images).gather(1, y[:, None])).mean()
     assert lead(run(net, x, y, loss=loss, target=target)) > lead(x) + .1
-    if loss == "ce": assert torch.equal(run(net, x, None, target=target), run(net, x, y, target=target))
+    if loss == "ce":
+        assert torch.equal(run(net, x, None, target=target), run(net, x, y, target=target))
 
 def test_dlr_equals_the_sorted_formula():
     torch.manual_seed(0)
@@ -128,7 +136,8 @@ def test_losses_are_float32_for_half_logits():
     z, y = torch.randn(4, 5).bfloat16(), torch.arange(4)
     for loss in ("ce", "kl", "dlr"):
         ascend = ascent_loss(loss, y, clean_logits=z.flip(1))
-        assert torch.equal(ascend(z), ascent_loss(loss, y, clean_logits=z.flip(1).float())(z.float()))
+        assert torch.equal(
+            ascend(z), ascent_loss(loss, y, clean_logits=z.flip(1).float())(z.float()))
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad,
                                     lambda: torch.autocast("cpu", torch.bfloat16)])
@@ -186,20 +195,24 @@ def test_images_do_not_see_each_other(net, batch):
     start = starting_point(x, .1, generator=torch.Generator().manual_seed(2))
     together = run(net, x.double().float(), y, start=start)
     apart = torch.cat([run(net, x[i:i+1], y[i:i+1], start=start[i:i+1]) for i in range(len(x))])
-    assert (together - apart).abs().gt(1e-6).float().mean() < .02  # a sign may flip where the gradient rounds to 0
+    # a sign may flip where the gradient rounds to 0
+    assert (together - apart).abs().gt(1e-6).float().mean() < .02
 
 def test_channels_last_is_kept(net, batch):
     x = batch[0].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
     def model(v): return net(v.mean(dim=1, keepdim=True))
-    with eval_mode(net): assert run(model, x, batch[1]).is_contiguous(memory_format=torch.channels_last)
+    with eval_mode(net):
+        assert run(model, x, batch[1]).is_contiguous(memory_format=torch.channels_last)
 
 def test_nan_logits_are_an_error(net, batch):
     def broken(x): return net(x) * math.nan
     with pytest.raises(FloatingPointError, match="step 0 of 5"): run(broken, *batch)
 
 @pytest.mark.parametrize("call, message", [
-    (lambda x, y: projection(x, .1, "Linf"), "norm='Linf' is not one of linf, l2"), (lambda x, y: ascent_direction(x, "l1"), "norm='l1'"),
-    (lambda x, y: starting_point(x, .1, start="unifrom"), "did you mean 'uniform'"), (lambda x, y: starting_point(x, .1, "L2"), "norm='L2'"),
+    (lambda x, y: projection(x, .1, "Linf"), "norm='Linf' is not one of linf, l2"),
+    (lambda x, y: ascent_direction(x, "l1"), "norm='l1'"),
+    (lambda x, y: starting_point(x, .1, start="unifrom"), "did you mean 'uniform'"),
+    (lambda x, y: starting_point(x, .1, "L2"), "norm='L2'"),
     (lambda x, y: ascent_loss("KL", y), "did you mean 'kl'"),
 ])
 def test_parts_refuse_unknown_names(batch, call, message):
@@ -215,7 +228,8 @@ BAD = [
     (dict(x=torch.full((16, 1, 8, 8), -1.)), ValueError, "mean/std"),
     (dict(x=torch.full((16, 1, 8, 8), 1 + 1e-6)), ValueError, "clamp"),
     (dict(y=None), ValueError, "needs the labels"),
-    (dict(y=None, loss="dlr", target=torch.zeros(16, dtype=torch.int64)), ValueError, "needs the labels"),
+    (dict(y=None, loss="dlr", target=torch.zeros(16, dtype=torch.int64)), ValueError,
+     "needs the labels"),
     (dict(y=torch.zeros(16)), TypeError, "int64"),
     (dict(y=torch.zeros(16, 5, dtype=torch.int64)), ValueError, "one entry"),
     (dict(y=torch.full((16,), -1)), ValueError, "-1"),
@@ -245,24 +259,28 @@ def test_bad_input(net, batch, change, error, message):
     with pytest.raises(error, match=message): run(net, x, y, **change)
 
 @pytest.mark.parametrize("wrap, options, message", [
-    (lambda z: z[:, :2], dict(loss="dlr"), "dlr loss compares the 3 largest logits, but the model has 2 classes"),
-    (lambda z: z[:, :3], dict(loss="dlr", target=torch.full((16,), 2)), "targeted dlr loss compares the 4"),
+    (lambda z: z[:, :2], dict(loss="dlr"),
+     "dlr loss compares the 3 largest logits, but the model has 2 classes"),
+    (lambda z: z[:, :3], dict(loss="dlr", target=torch.full((16,), 2)),
+     "targeted dlr loss compares the 4"),
     (lambda z: z.argmax(1), {}, "number of classes"),
     (lambda z: (z, z), {}, "given tuple"),
     (lambda z: z.detach(), {}, "no gradient"),
 ])
 def test_bad_models(net, batch, wrap, options, message):
-    with pytest.raises(ValueError, match=message): run(lambda x: wrap(net(x)), batch[0], batch[1] % 2, **options)
+    with pytest.raises(ValueError, match=message):
+        run(lambda x: wrap(net(x)), batch[0], batch[1] % 2, **options)
 
 def test_target_must_differ_for_dlr(net, batch):
-    with pytest.raises(ValueError, match="target equals y"): run(net, *batch, loss="dlr", target=batch[1])
+    with pytest.raises(ValueError, match="target equals y"):
+        run(net, *batch, loss="dlr", target=batch[1])
 
 def test_imports_parts_only():
     tree = ast.parse(inspect.getsource(attacks))
     imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level}
     assert imported == {"autoattack", "carlini_wagner", "guards", "params"}
 
-# The registry. Few steps and small prices keep every attack within a fraction of a second on this network.
+# The registry. Few steps and small prices: a fraction of a second for every attack on this network.
 
 QUICK = dict(square=dict(steps=40)) | {name: dict(steps=5) for name in ATTACKS if name != "square"}
 QUICK["cw-l2"] = dict(steps=20, binary_search_steps=3, initial_const=1.)
@@ -282,13 +300,15 @@ def wins(net, x_adv, y): return net(x_adv).argmax(1) != y
 def test_promise(net, right, name):
     x, y = right
     x_adv = attack(name, net, x, y, eps=EPS, **QUICK[name])
-    assert x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad and x_adv.grad_fn is None
+    assert (x_adv.shape == x.shape and x_adv.dtype == x.dtype
+            and not x_adv.requires_grad and x_adv.grad_fn is None)
     assert x_adv.min() >= 0 and x_adv.max() <= 1
     if ATTACKS[name].ball: assert length(x_adv - x, ATTACKS[name].norm).max() <= EPS + 1e-6
     won = wins(net, x_adv, y)
     assert won[3:].any()
     if ATTACKS[name].failed == "x": assert torch.equal(x_adv[~won], x[~won])
-    if ATTACKS[name].failed == "x" and ATTACKS[name].ball: assert torch.equal(x_adv[:3], x[:3]) # wrong before the attack
+    if ATTACKS[name].failed == "x" and ATTACKS[name].ball:
+        assert torch.equal(x_adv[:3], x[:3]) # wrong before the attack
 
 @every
 def test_seed_and_generator(net, right, name):
@@ -303,12 +323,17 @@ def test_seed_and_generator(net, right, name):
 @pytest.mark.parametrize("fails", [False, True])
 def test_leaves_no_trace(net, right, name, fails):
     x, y = right
-    modes, frozen = [True, False, True, False, True, True, False], [True, False, True, False, True, True]
+    modes, frozen = ([True, False, True, False, True, True, False],
+                     [True, False, True, False, True, True])
     for module, mode in zip(net.modules(), modes): module.training = mode
-    for p, flag in zip(net.parameters(), frozen): p.requires_grad_(flag), setattr(p, "grad", torch.ones_like(p))
-    state, rng, calls = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state(), []
+    for p, flag in zip(net.parameters(), frozen):
+        p.requires_grad_(flag), setattr(p, "grad", torch.ones_like(p))
+    state, rng, calls = (
+        {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state(), [])
     class Breaks(nn.Module):
-        def __init__(self): super().__init__(); self.net = net
+        def __init__(self):
+            super().__init__()
+            self.net = net
         def forward(self, v):
             calls.append(1)
             if fails and len(calls) > 4: raise RuntimeError("out of memory")
@@ -318,9 +343,11 @@ def test_leaves_no_trace(net, right, name, fails):
     x, y = x.clone().requires_grad_(), y.clone()
     try:
         if fails:
-            with pytest.raises(RuntimeError, match="out of memory"): attack(name, model, x, y, eps=EPS, **QUICK[name])
+            with pytest.raises(RuntimeError, match="out of memory"):
+                attack(name, model, x, y, eps=EPS, **QUICK[name])
         else: attack(name, model, x, y, eps=EPS, **QUICK[name])
-        assert [m.training for m in net.modules()] == modes and torch.equal(torch.get_rng_state(), rng)
+        assert ([m.training for m in net.modules()] == modes
+                and torch.equal(torch.get_rng_state(), rng))
         assert [p.requires_grad for p in net.parameters()] == frozen[:len(list(net.parameters()))]
         assert all((p.grad == 1).all() for p in net.parameters()) and x.grad is None
         assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
@@ -343,10 +370,13 @@ def test_shift_of_all_logits(net, right, name):
 
 ORIGINALS = {
     "apgd": ("autopgd_base", "APGDAttack", dict(n_iter=5, loss="ce"), dict(steps=5)),
-    "apgd-dlr": ("autopgd_base", "APGDAttack", dict(n_iter=7, loss="dlr", n_restarts=2), dict(steps=7, restarts=2)),
-    "apgd-t": ("autopgd_base", "APGDAttack_targeted", dict(n_iter=5, n_target_classes=4), dict(steps=5)),
+    "apgd-dlr": ("autopgd_base", "APGDAttack", dict(n_iter=7, loss="dlr", n_restarts=2),
+                 dict(steps=7, restarts=2)),
+    "apgd-t": ("autopgd_base", "APGDAttack_targeted", dict(n_iter=5, n_target_classes=4),
+               dict(steps=5)),
     "fab": ("fab_pt", "FABAttack_PT", dict(n_iter=5, n_restarts=2), dict(steps=5, restarts=2)),
-    "fab-t": ("fab_pt", "FABAttack_PT", dict(n_iter=5, targeted=True, n_target_classes=2), dict(steps=5, targets=2)),
+    "fab-t": ("fab_pt", "FABAttack_PT", dict(n_iter=5, targeted=True, n_target_classes=2),
+              dict(steps=5, targets=2)),
     "square": ("square", "SquareAttack", dict(n_queries=40), dict(steps=40)),
 }
 
@@ -355,7 +385,8 @@ ORIGINALS = {
 def test_parity_with_pyautoattack(net, right, name):
     module, cls, theirs, ours = ORIGINALS[name]
     make = getattr(importlib.import_module(f"pyautoattack.{module}"), cls)
-    with torch.no_grad(): expected = make(net, norm="Linf", eps=EPS, seed=4, **theirs).perturb(*right)
+    with torch.no_grad():
+        expected = make(net, norm="Linf", eps=EPS, seed=4, **theirs).perturb(*right)
     net.zero_grad()
     assert torch.equal(attack(name, net, *right, eps=EPS, seed=4, **ours), expected)
     assert not torch.equal(expected, right[0])
@@ -373,8 +404,10 @@ def test_cw_l2_equals_foolbox():
     kept = net(x).argmax(1) == y
     x, y = x[kept][:24], y[kept][:24]
     settings = dict(binary_search_steps=6, steps=60, initial_const=1e-2)
-    theirs, _, _ = foolbox.attacks.L2CarliniWagnerAttack(**settings)(foolbox.PyTorchModel(net, (0, 1)), x, y, epsilons=None)
-    ours, found = cw_l2(net, x, y, **settings), theirs.flatten(1).amax(dim=1) > 0 # where it fails foolbox returns a black image
+    theirs, _, _ = foolbox.attacks.L2CarliniWagnerAttack(**settings)(
+        foolbox.PyTorchModel(net, (0, 1)), x, y, epsilons=None)
+    # where it fails foolbox returns a black image
+    ours, found = cw_l2(net, x, y, **settings), theirs.flatten(1).amax(dim=1) > 0
     assert torch.equal(wins(net, ours, y), found) and found.float().mean() > .9
     ours, theirs = length(ours - x, "l2")[found], length(theirs - x, "l2")[found]
     assert ours.median().item() == pytest.approx(theirs.median().item(), rel=.01)
@@ -383,7 +416,10 @@ def test_cw_l2_equals_foolbox():
 def test_cw_l2_images_do_not_see_each_other(net, right):
     x, y = right
     options = dict(steps=30, binary_search_steps=4, initial_const=.1)
-    together, alone = (torch.cat([cw_l2(net, x[i:i + n].double().float(), y[i:i + n], **options) for i in range(0, 8, n)]) for n in (8, 1))
+    together, alone = (
+        torch.cat([cw_l2(net, x[i:i + n].double().float(), y[i:i + n], **options)
+                   for i in range(0, 8, n)])
+        for n in (8, 1))
     assert torch.allclose(length(together - x[:8], "l2"), length(alone - x[:8], "l2"), rtol=.01)
 
 @pytest.mark.parametrize("run", SETTINGS)
@@ -403,7 +439,8 @@ def test_too_few_classes(net, right, name):
     def two(v): return net(v)[:, :2]
     if ATTACKS[name].min_classes == 2: attack(name, two, x, y, eps=EPS, **QUICK[name])
     else:
-        with pytest.raises(ValueError, match=f"{name!r} compares at least . classes, but the model has 2; possible are: pgd"):
+        with pytest.raises(ValueError, match=f"{name!r} compares at least . classes, "
+                           "but the model has 2; possible are: pgd"):
             attack(name, two, x, y, **QUICK[name])
 
 @pytest.mark.parametrize("name, options, error, message", [
@@ -431,21 +468,27 @@ def test_bad_requests(net, right, name, options, error, message):
 
 @every
 @pytest.mark.parametrize("change, error, message", [
-    (lambda x, y: (x[:0], y[:0]), ValueError, "non-empty"), (lambda x, y: (255 * x, y), ValueError, "divide by 255"),
-    (lambda x, y: (2 * x - 1, y), ValueError, "mean/std"), (lambda x, y: (x, None), ValueError, "needs the labels"),
-    (lambda x, y: (x, y + 5), ValueError, "classes 0 to 4"), (lambda x, y: (x, y.float()), TypeError, "int64"),
+    (lambda x, y: (x[:0], y[:0]), ValueError, "non-empty"),
+    (lambda x, y: (255 * x, y), ValueError, "divide by 255"),
+    (lambda x, y: (2 * x - 1, y), ValueError, "mean/std"),
+    (lambda x, y: (x, None), ValueError, "needs the labels"),
+    (lambda x, y: (x, y + 5), ValueError, "classes 0 to 4"),
+    (lambda x, y: (x, y.float()), TypeError, "int64"),
 ])
 def test_bad_images_and_labels(net, right, name, change, error, message):
     with pytest.raises(error, match=message): attack(name, net, *change(*right))
 
 def test_without_pyautoattack(net, right, monkeypatch):
-    for module in [m for m in sys.modules if m.startswith("pyautoattack")]: monkeypatch.delitem(sys.modules, module)
+    for module in [m for m in sys.modules if m.startswith("pyautoattack")]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     for name in ORIGINALS:
-        with pytest.raises(ImportError, match=r"pip install 'weat_nb\[attacks\]'"): attack(name, net, *right)
+        with pytest.raises(ImportError, match=r"pip install 'weat_nb\[attacks\]'"):
+            attack(name, net, *right)
     for name in ATTACKS.keys() - ORIGINALS: attack(name, net, *right, **QUICK[name])
 
-@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize("around", [torch.inference_mode,
+                                    lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_registry_in_the_callers_modes(net, right, around):
     with around():
         inputs = [t.clone() for t in right]
@@ -471,11 +514,13 @@ def test_gradient_masking_is_said_with_its_cause(net, right):
     def flat(v): return net((v * 2).round() / 2 + 0 * v)
     for name in ATTACKS:
         assert not warned(name, net)
-        expected = {"softmax": "one-hot in float32", "logits": None, None: None}[ATTACKS[name].gradient]
+        expected = {"softmax": "one-hot in float32", "logits": None, None: None}[
+            ATTACKS[name].gradient]
         assert [expected in text for text in warned(name, loud)] == ([True] if expected else [])
         if ATTACKS[name].gradient:
             text, = warned(name, flat)
-            assert "do not change with the pixels" in text and "100% of the 1" in text and name in text
+            assert ("do not change with the pixels" in text and "100% of the 1" in text
+                    and name in text)
         else: assert not warned(name, flat)
 
 def test_square_needs_no_gradient(net, right):
@@ -483,8 +528,10 @@ def test_square_needs_no_gradient(net, right):
     assert attack("square", answers, *right, eps=.3, steps=40).shape == right[0].shape
     for name in ATTACKS:
         if ATTACKS[name].gradient:
-            with pytest.raises(ValueError, match="no gradient"): attack(name, answers, *right, **QUICK[name])
+            with pytest.raises(ValueError, match="no gradient"):
+                attack(name, answers, *right, **QUICK[name])
 
 def test_nan_logits_before_the_attack(net, right):
     for name in ATTACKS:
-        with pytest.raises(FloatingPointError, match="natural images"): attack(name, lambda v: net(v) * math.nan, *right)
+        with pytest.raises(FloatingPointError, match="natural images"):
+            attack(name, lambda v: net(v) * math.nan, *right)

@@ -12,23 +12,31 @@ from papermill.translators import PythonTranslator
 
 root = Path(__file__).parent.parent
 PARAMETERS = '6 parameters' # of the table of faults
-NOTEBOOKS = [root/'nbs'/f'{name}.ipynb' for name in ('04_train_weat', '05_dynamics', '06_landscapes', '07_subsets', '08_generate', '09_evaluate', '10_speed', '11_single_step', '12_scaling', 'results/index')]
+NOTEBOOKS = [root/'nbs'/f'{name}.ipynb' for name in (
+    '04_train_weat', '05_dynamics', '06_landscapes', '07_subsets', '08_generate', '09_evaluate',
+    '10_speed', '11_single_step', '12_scaling', 'results/index')]
 DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
 
 
 class Page:
     "A notebook as far as the cell that reads its parameters"
     def __init__(self, path):
-        cells = [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+        cells = [c for c in json.loads(path.read_text(encoding='utf-8'))['cells']
+                 if c['cell_type'] == 'code']
         sources = [''.join(c['source']) for c in cells]
-        first = next(i for i, c in enumerate(cells) if 'parameters' in c['metadata'].get('tags', ()))
+        first = next(i for i, c in enumerate(cells)
+                     if 'parameters' in c['metadata'].get('tags', ()))
         last = next(i for i, s in enumerate(sources) if i > first and 'read_parameters(' in s)
-        self.defaults, self.reads = (compile('\n'.join(sources[a:b]), path.name, 'exec') for a, b in ((first, first + 1), (first + 1, last + 1)))
+        self.defaults, self.reads = (
+            compile('\n'.join(sources[a:b]), path.name, 'exec')
+            for a, b in ((first, first + 1), (first + 1, last + 1)))
         self.names = [line.target.id for line in ast.parse(sources[first]).body]
         self.defined = dict(__name__='__main__')
-        for source in sources[:first]: # what these cells show is the business of tests/test_notebooks.py
+        # what these cells show is the business of tests/test_notebooks.py
+        for source in sources[:first]:
             tree = ast.parse(source)
-            if not source.startswith('#| export'): tree.body = [node for node in tree.body if isinstance(node, DEFINITIONS)]
+            if not source.startswith('#| export'):
+                tree.body = [node for node in tree.body if isinstance(node, DEFINITIONS)]
             exec(compile(tree, path.name, 'exec'), self.defined)
 
     def run(self, **parameters):
@@ -51,7 +59,8 @@ class Page:
         found = {}
         class Seen(Exception): pass
         def read_parameters(config_class, namespace):
-            found.update({f.name: dict(f.metadata, default=f.default) for f in fields(config_class)})
+            found.update({f.name: dict(f.metadata, default=f.default)
+                          for f in fields(config_class)})
             raise Seen
         page = {**self.defined}
         exec(self.defaults, page)
@@ -79,7 +88,9 @@ def nowhere(tmp_path, monkeypatch):
 
 
 NAN, INF = float('nan'), float('inf')
-WRONG_TYPES = {int: ('abc', 1.5, True, [1], NAN, '1'), float: ('abc', True, [1], '1/0', NAN, INF, ''), str: (3, True, ['sat'], '', '  '), bool: (1, 'yes', 0., 'True')}
+WRONG_TYPES = {
+    int: ('abc', 1.5, True, [1], NAN, '1'), float: ('abc', True, [1], '1/0', NAN, INF, ''),
+    str: (3, True, ['sat'], '', '  '), bool: (1, 'yes', 0., 'True')}
 
 
 def out_of_range(rule):
@@ -91,34 +102,45 @@ def out_of_range(rule):
 
 
 def refused(values, check):
-    "How many values were refused, over all parameters of all pages; `check` looks at rule, value and text of the error"
+    """How many values were refused, over all parameters of all pages; `check` looks at rule, value
+    and text of the error"""
     times = 0
     for notebook in NOTEBOOKS:
         for name, rule in page(notebook).rules.items():
             for value in values(rule):
                 text = page(notebook).refuses(**{name: value})
-                assert f'{name} = {value!r} is not allowed' in text and check(rule, value, text), (notebook.stem, text)
+                assert f'{name} = {value!r} is not allowed' in text and check(rule, value, text), (
+                    notebook.stem, text)
                 times += 1
     return times
 
 
 def test_wrong_types(survived):
-    def values(rule): return (*WRONG_TYPES[rule['kind']], *([None] if rule['default'] is not None else []))
+    def values(rule):
+        return (*WRONG_TYPES[rule['kind']], *([None] if rule['default'] is not None else []))
     def check(rule, value, text): return 'must be' in text
-    survived(PARAMETERS, 'a value of the wrong type', refused(values, check), 'one error that names the parameter and what it can be; nothing was begun')
+    survived(PARAMETERS, 'a value of the wrong type', refused(values, check),
+             'one error that names the parameter and what it can be; nothing was begun')
 
 
 def test_out_of_range(survived):
     def values(rule): return out_of_range(rule) if rule['kind'] in (int, float) else ()
-    def check(rule, value, text): return all(f'{rule[bound]:g}' in text for bound in ('low', 'above', 'high') if rule[bound] is not None)
-    survived(PARAMETERS, 'a number out of range, below and above', refused(values, check), 'one error with the parameter and its range; nothing was begun')
+    def check(rule, value, text):
+        return all(f'{rule[bound]:g}' in text
+                   for bound in ('low', 'above', 'high') if rule[bound] is not None)
+    survived(PARAMETERS, 'a number out of range, below and above', refused(values, check),
+             'one error with the parameter and its range; nothing was begun')
 
 
 def test_unknown_choices(survived):
     def allowed(rule): return rule['choices'] or rule['names'] or ()
-    def values(rule): return (*(f'{n}x' for n in allowed(rule)), *(['zebra'] if allowed(rule) else []))
-    def check(rule, value, text): return all(n in text for n in allowed(rule)) and (value == 'zebra' or f'{value[:-1]!r}' in text.split('did you mean')[1])
-    survived(PARAMETERS, 'a choice that does not exist', refused(values, check), 'one error with the choices that exist and the nearest; nothing was begun')
+    def values(rule):
+        return (*(f'{n}x' for n in allowed(rule)), *(['zebra'] if allowed(rule) else []))
+    def check(rule, value, text):
+        return all(n in text for n in allowed(rule)) and (
+            value == 'zebra' or f'{value[:-1]!r}' in text.split('did you mean')[1])
+    survived(PARAMETERS, 'a choice that does not exist', refused(values, check),
+             'one error with the choices that exist and the nearest; nothing was begun')
 
 
 def test_misspelt_names(survived):
@@ -127,42 +149,91 @@ def test_misspelt_names(survived):
         names = page(notebook).names
         assert set(names) == set(page(notebook).rules), notebook.stem
         for name in names:
-            for wrong in {name + 'x', name[0] + name, name[:-1], name.upper(), name.replace('_', '')} - {*names, ''}:
+            for wrong in {name + 'x', name[0] + name, name[:-1], name.upper(),
+                          name.replace('_', '')} - {*names, ''}:
                 text = page(notebook).refuses(**{wrong: 1})
-                assert f'unknown parameter {wrong!r}' in text and all(n in text for n in names), (notebook.stem, text)
-                if len(wrong) > 1: assert f'{name!r}' in text.split(' The parameters are:')[0], (notebook.stem, text)
+                assert f'unknown parameter {wrong!r}' in text and all(n in text for n in names), (
+                    notebook.stem, text)
+                if len(wrong) > 1:
+                    assert f'{name!r}' in text.split(' The parameters are:')[0], (
+                        notebook.stem, text)
                 times += 1
-    survived(PARAMETERS, 'a misspelt parameter', times, 'one error with the nearest name and all names; nothing was begun')
+    survived(PARAMETERS, 'a misspelt parameter', times,
+             'one error with the nearest name and all names; nothing was begun')
 
 
 RUBBISH = { # what is of the right type, and makes no sense
     '04_train_weat': [
-        (dict(run_dir='file.txt'), "run_dir = 'file.txt' is not allowed.*a folder"), (dict(root='file.txt/below'), "root = 'file.txt/below' is not allowed.*a folder"),
-        (dict(aux_data='not.there'), "aux_data = 'not.there': there is no such file"), (dict(aux_fraction=.5), 'aux_fraction = 0.5 needs aux_data'),
-        (dict(objective='sat', beta=6), 'beta = 6 is not allowed: sat has no.* Leave beta out, or take one of trades'),
-        (dict(num_nodes=2), 'num_nodes = 2 needs rdzv_endpoint'), (dict(node_rank=1), 'node_rank = 1 is not allowed.*from 0 to 0'), (dict(rdzv_endpoint='somewhere'), "rdzv_endpoint = 'somewhere'.*host:port"),
-        (dict(num_processes=3), 'batch_size = 32 cannot be shared equally by 3'), (dict(num_test=10**6), 'num_test = 1000000 is not allowed.*2000 test images')],
-    '05_dynamics': [(dict(objectives='sat, tradez'), "objectives = 'sat, tradez' is not allowed.*did you mean 'trades'"), (dict(objectives=','), "objectives = ',' is not allowed.*one or more of"),
-                    (dict(run_dir='file.txt'), "run_dir = 'file.txt'")],
+        (dict(run_dir='file.txt'), "run_dir = 'file.txt' is not allowed.*a folder"),
+        (dict(root='file.txt/below'), "root = 'file.txt/below' is not allowed.*a folder"),
+        (dict(aux_data='not.there'), "aux_data = 'not.there': there is no such file"),
+        (dict(aux_fraction=.5), 'aux_fraction = 0.5 needs aux_data'),
+        (dict(objective='sat', beta=6),
+         'beta = 6 is not allowed: sat has no.* Leave beta out, or take one of trades'),
+        (dict(num_nodes=2), 'num_nodes = 2 needs rdzv_endpoint'),
+        (dict(node_rank=1), 'node_rank = 1 is not allowed.*from 0 to 0'),
+        (dict(rdzv_endpoint='somewhere'), "rdzv_endpoint = 'somewhere'.*host:port"),
+        (dict(num_processes=3), 'batch_size = 32 cannot be shared equally by 3'),
+        (dict(num_test=10**6), 'num_test = 1000000 is not allowed.*2000 test images')],
+    '05_dynamics': [
+        (dict(objectives='sat, tradez'),
+         "objectives = 'sat, tradez' is not allowed.*did you mean 'trades'"),
+        (dict(objectives=','), "objectives = ',' is not allowed.*one or more of"),
+        (dict(run_dir='file.txt'), "run_dir = 'file.txt'")],
     '06_landscapes': [
-        (dict(attacks='pgd,fap'), "attacks = 'pgd,fap' is not allowed.*did you mean 'fab'"), (dict(models='fashion_mini-sat-resnet8,fashion_mini-zat-resnet8'), "models = 'fashion_mini-zat-resnet8' is not allowed.*did you mean"),
-        (dict(models=','), 'models = .* is not allowed: name at least one'), (dict(subjects=','), 'subjects = .* is not allowed: name at least one'), (dict(subjects='other'), "subjects names 'other', which is not one of fashion_mini"),
-        (dict(dataset='svhn'), "models is needed for dataset = 'svhn'"), (dict(num_images=10**6), 'num_images = 1000000 is not allowed.*2000 test images')],
-    '07_subsets': [(dict(judge='not.there'), "judge = 'not.there' is not allowed: there is no such file, and the names at hand are"), (dict(judge_epochs=3), 'judge_epochs = 3 is not allowed.*take judge = train'),
-                   (dict(num_test=10**6), 'num_test = 1000000 is not allowed.*2000 test images')],
-    '08_generate': [(dict([(name, 'fashion_mini-sat-resnet9')]), f"{name} = 'fashion_mini-sat-resnet9' is not allowed.*did you mean 'fashion_mini-sat-resnet8'") for name in ('model', 'standard', 'judge', 'sat', 'kl')],
+        (dict(attacks='pgd,fap'), "attacks = 'pgd,fap' is not allowed.*did you mean 'fab'"),
+        (dict(models='fashion_mini-sat-resnet8,fashion_mini-zat-resnet8'),
+         "models = 'fashion_mini-zat-resnet8' is not allowed.*did you mean"),
+        (dict(models=','), 'models = .* is not allowed: name at least one'),
+        (dict(subjects=','), 'subjects = .* is not allowed: name at least one'),
+        (dict(subjects='other'), "subjects names 'other', which is not one of fashion_mini"),
+        (dict(dataset='svhn'), "models is needed for dataset = 'svhn'"),
+        (dict(num_images=10**6), 'num_images = 1000000 is not allowed.*2000 test images')],
+    '07_subsets': [
+        (dict(judge='not.there'), "judge = 'not.there' is not allowed: "
+         'there is no such file, and the names at hand are'),
+        (dict(judge_epochs=3), 'judge_epochs = 3 is not allowed.*take judge = train'),
+        (dict(num_test=10**6), 'num_test = 1000000 is not allowed.*2000 test images')],
+    '08_generate': [
+        (dict([(name, 'fashion_mini-sat-resnet9')]), f"{name} = 'fashion_mini-sat-resnet9' "
+         "is not allowed.*did you mean 'fashion_mini-sat-resnet8'")
+        for name in ('model', 'standard', 'judge', 'sat', 'kl')],
     '09_evaluate': [
-        (dict(checkpoint='fashion_mini-weat-resnet8'), "checkpoint = 'fashion_mini-weat-resnet8' is not allowed.*did you mean 'fashion_mini-"), (dict(attacks='clean, pgd-x'), "attacks = 'clean, pgd-x' is not allowed.*'pgd-x' is not one of clean, pgd-20"),
-        (dict(attacks=','), "attacks = ',' names no attack"), (dict(attacks='pgd-0'), "attacks = 'pgd-0' is not allowed"), (dict(mean='.5,x', std='.2'), "mean = '.5,x' is not allowed.*a number for each channel"),
-        (dict(mean='.5', std='0'), "std = '0' is not allowed.*above 0"), (dict(mean='nan', std='1'), "mean = 'nan' is not allowed"), (dict(mean='.5'), 'mean = .* and std = None go together'),
+        (dict(checkpoint='fashion_mini-weat-resnet8'), "checkpoint = 'fashion_mini-weat-resnet8' "
+         "is not allowed.*did you mean 'fashion_mini-"),
+        (dict(attacks='clean, pgd-x'),
+         "attacks = 'clean, pgd-x' is not allowed.*'pgd-x' is not one of clean, pgd-20"),
+        (dict(attacks=','), "attacks = ',' names no attack"),
+        (dict(attacks='pgd-0'), "attacks = 'pgd-0' is not allowed"),
+        (dict(mean='.5,x', std='.2'), "mean = '.5,x' is not allowed.*a number for each channel"),
+        (dict(mean='.5', std='0'), "std = '0' is not allowed.*above 0"),
+        (dict(mean='nan', std='1'), "mean = 'nan' is not allowed"),
+        (dict(mean='.5'), 'mean = .* and std = None go together'),
         (dict(state='.'), "state = '.' is not allowed: it is a folder")],
-    '10_speed': [(dict(checkpoint='not.there'), "checkpoint = 'not.there' is not allowed: there is no such file, and the names at hand are"), (dict(dataset='cifar10'), 'checkpoint = .* is not allowed: it is for 10 classes and 1 channels, and cifar10 has 10 and 3'), (dict(objectives='trades,standard'), "objectives = 'trades,standard' is not allowed.*one or more of sat")],
+    '10_speed': [
+        (dict(checkpoint='not.there'), "checkpoint = 'not.there' is not allowed: "
+         'there is no such file, and the names at hand are'),
+        (dict(dataset='cifar10'), 'checkpoint = .* is not allowed: '
+         'it is for 10 classes and 1 channels, and cifar10 has 10 and 3'),
+        (dict(objectives='trades,standard'),
+         "objectives = 'trades,standard' is not allowed.*one or more of sat")],
     '11_single_step': [
-        (dict(objectives='sat trades'), "objectives = 'sat trades' is not allowed.*one or more of sat, mart, der, der_single_step"), (dict(step_ratio=5.), 'step_ratio = 5 is not allowed: with eps = 0.3 it must be at most 3.33333'),
-        (dict(objectives='sat', beta=2), 'beta = 2 is not allowed: sat has no second term'), (dict(num_train=10**6), 'num_train = 1000000 is not allowed: fashion_mini has 8000')],
-    '12_scaling': [(dict(batch_sizes='8, x'), "batch_sizes = '8, x' is not allowed: whole numbers from 1 up"), (dict(steps='0, 1'), "steps = '0, 1' is not allowed: whole numbers"), (dict(widths=','), "widths = ',' is not allowed: whole numbers"),
-                   (dict(processes='1, 3'), "processes = '1, 3' is not allowed: batch_size = 32 cannot be shared equally by 3"), (dict(batch_sizes='99999,'), 'fashion_mini has 8000 training images')],
-    'index': [(dict(records='not/there'), "records = 'not/there' is not allowed.*a folder that is there"), (dict(records='file.txt'), "records = 'file.txt' is not allowed")],
+        (dict(objectives='sat trades'), "objectives = 'sat trades' is not allowed.*"
+         'one or more of sat, mart, der, der_single_step'),
+        (dict(step_ratio=5.),
+         'step_ratio = 5 is not allowed: with eps = 0.3 it must be at most 3.33333'),
+        (dict(objectives='sat', beta=2), 'beta = 2 is not allowed: sat has no second term'),
+        (dict(num_train=10**6), 'num_train = 1000000 is not allowed: fashion_mini has 8000')],
+    '12_scaling': [
+        (dict(batch_sizes='8, x'), "batch_sizes = '8, x' is not allowed: whole numbers from 1 up"),
+        (dict(steps='0, 1'), "steps = '0, 1' is not allowed: whole numbers"),
+        (dict(widths=','), "widths = ',' is not allowed: whole numbers"),
+        (dict(processes='1, 3'),
+         "processes = '1, 3' is not allowed: batch_size = 32 cannot be shared equally by 3"),
+        (dict(batch_sizes='99999,'), 'fashion_mini has 8000 training images')],
+    'index': [
+        (dict(records='not/there'), "records = 'not/there' is not allowed.*a folder that is there"),
+        (dict(records='file.txt'), "records = 'file.txt' is not allowed")],
 }
 
 
@@ -175,27 +246,35 @@ def test_rubbish(survived, nowhere):
             assert re.search(message, text), (notebook.stem, text)
             times += 1
     file.unlink()
-    survived(PARAMETERS, 'values that make no sense together, or name what is not there', times, 'one error that names the parameter and says what to do; nothing was begun')
+    survived(PARAMETERS, 'values that make no sense together, or name what is not there', times,
+             'one error that names the parameter and says what to do; nothing was begun')
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
 def test_good_values_pass(notebook, nowhere):
-    "What the tests above refuse is refused for its value: the defaults, and what papermill makes of a command line, are taken"
+    """What the tests above refuse is refused for its value: the defaults, and what papermill makes
+    of a command line, are taken"""
     if notebook.stem == 'index': (nowhere/'records').mkdir()
     names = page(notebook).run()
-    assert any(type(v).__name__ in ('Experiment', 'LandscapeConfig', 'Benchmark') for v in names.values()) or names['found'] == []
+    assert any(type(v).__name__ in ('Experiment', 'LandscapeConfig', 'Benchmark')
+               for v in names.values()) or names['found'] == []
     if 'eps' in page(notebook).names: page(notebook).run(eps='8/255')
     if notebook.stem == 'index': (nowhere/'records').rmdir()
 
 
 def test_papermill_does_the_same(survived, nowhere, monkeypatch):
-    "The cell that papermill writes is the one that is tried above, its error the same, and nothing lies about afterwards"
+    """The cell that papermill writes is the one that is tried above, its error the same, and
+    nothing lies about afterwards"""
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     runs = [(NOTEBOOKS[0], dict(bta=7)), (NOTEBOOKS[7], dict(objectives='sat, tradez'))]
     for notebook, parameters in runs:
-        with pytest.raises(papermill.PapermillExecutionError) as caught: papermill.execute_notebook(notebook, nowhere/'out.ipynb', parameters, cwd=nowhere, progress_bar=False)
+        with pytest.raises(papermill.PapermillExecutionError) as caught:
+            papermill.execute_notebook(
+                notebook, nowhere/'out.ipynb', parameters, cwd=nowhere, progress_bar=False)
         cells = json.loads((nowhere/'out.ipynb').read_text(encoding='utf-8'))['cells']
-        injected, = [''.join(c['source']) for c in cells if 'injected-parameters' in c['metadata'].get('tags', ())]
+        injected, = [''.join(c['source']) for c in cells
+                     if 'injected-parameters' in c['metadata'].get('tags', ())]
         assert injected == PythonTranslator.codify(parameters)
         assert caught.value.evalue == page(notebook).refuses(**parameters)
-    survived(PARAMETERS, 'a wrong parameter on papermill itself', len(runs), 'the same error as in the other tests; no folder, no file but the executed notebook')
+    survived(PARAMETERS, 'a wrong parameter on papermill itself', len(runs),
+             'the same error as in the other tests; no folder, no file but the executed notebook')

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from weat_nb.checkpoints import (CheckpointError, file_sha256, load_checkpoint, load_tensors, save_checkpoint,
-                                 save_tensors)
+from weat_nb.checkpoints import (CheckpointError, file_sha256, load_checkpoint, load_tensors,
+                                 save_checkpoint, save_tensors)
 from weat_nb.models import create_model
 
 
@@ -21,11 +21,12 @@ def small(arch="resnet8", *args, seed=0, **kwargs):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64,
-                                   torch.uint8, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16,
+                                   torch.int64, torch.uint8, torch.bool])
 def test_types_and_shapes_come_back(tmp_path, dtype):
     tensors = {"a": torch.arange(12).view(3, 4).to(dtype).T, "scalar": torch.tensor(1).to(dtype),
                "empty": torch.empty(2, 0, dtype=dtype), "": torch.ones(1).to(dtype)}
@@ -37,7 +38,8 @@ def test_types_and_shapes_come_back(tmp_path, dtype):
 
 
 def test_metadata_comes_back(tmp_path):
-    metadata = {"nested": {"b": [1, 2.5, None, True], "a": "ε = 8/255"}, "loss": 1e-17, "order": 1, "first": 0}
+    metadata = {"nested": {"b": [1, 2.5, None, True], "a": "ε = 8/255"},
+                "loss": 1e-17, "order": 1, "first": 0}
     _, back = load_tensors(save_tensors(tmp_path/"x.safetensors", {}, metadata))
     assert back == metadata and list(back) == list(metadata)
     assert load_tensors(save_tensors(tmp_path/"x.safetensors", {}))[1] == {}
@@ -58,7 +60,8 @@ def test_any_flipped_bit_is_found_or_harmless(tmp_path, survived):
             else: # spaces that fill up the header mean nothing
                 assert same(back, tensors) and metadata == {"epoch": 3}
     assert found > 2.9 * len(good)
-    survived('3 damaged files', 'checkpoint: each byte, three bits flipped one by one', 3 * len(good), 'named, or harmless (a space that fills up the header)')
+    survived('3 damaged files', 'checkpoint: each byte, three bits flipped one by one',
+             3 * len(good), 'named, or harmless (a space that fills up the header)')
 
 
 def test_any_truncation_is_found(tmp_path, survived):
@@ -177,7 +180,8 @@ def test_a_model_comes_back(tmp_path):
     model = small("resnet8", 7, 1, 28, mean=[.3], std=[.4]).train()
     x = torch.rand(4, 1, 28, 28)
     model(x)
-    back, metadata = load_checkpoint(save_checkpoint(tmp_path/"x.safetensors", model, metadata={"epoch": 2}))
+    back, metadata = load_checkpoint(
+        save_checkpoint(tmp_path/"x.safetensors", model, metadata={"epoch": 2}))
     assert metadata == {"epoch": 2} and not back.training and back.config == model.config
     assert same(model.state_dict(), back.state_dict()) and torch.equal(back(x), model.eval()(x))
 
@@ -204,10 +208,12 @@ def test_wrapped_models(tmp_path):
 def test_a_distributed_model(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         model = nn.parallel.DistributedDataParallel(small())
-        assert same(load_tensors(save_checkpoint(tmp_path/"x.safetensors", model))[0], model.module.state_dict())
+        assert same(load_tensors(save_checkpoint(tmp_path/"x.safetensors", model))[0],
+                    model.module.state_dict())
     finally:
         torch.distributed.destroy_process_group()
 
@@ -222,14 +228,16 @@ def test_another_architecture_is_refused_untouched(tmp_path, other, message):
     path = save_checkpoint(tmp_path/"best.safetensors", small())
     model = small(*other, seed=1)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match="best.safetensors holds resnet8 for 10 classes, 3 channels, 32") as e:
+    with pytest.raises(CheckpointError, match="best.safetensors holds resnet8 for 10 classes, "
+                                              "3 channels, 32") as e:
         load_checkpoint(path, model)
     assert message in str(e.value) and same(model.state_dict(), before)
 
 
 def test_another_normalisation_is_refused(tmp_path):
     path = save_checkpoint(tmp_path/"x.safetensors", small(mean=(.5, .5, .5), std=(.2, .2, .2)))
-    with pytest.raises(CheckpointError, match=re.escape("std [0.2, 0.2, 0.2]; the model given is resnet8")):
+    with pytest.raises(CheckpointError,
+                       match=re.escape("std [0.2, 0.2, 0.2]; the model given is resnet8")):
         load_checkpoint(path, small())
 
 
@@ -239,7 +247,8 @@ def test_models_without_a_config_are_compared_by_names_and_shapes(tmp_path):
     del model.config, wide.config
     assert torch.equal(load_checkpoint(path, model)[0].conv1.weight, small().conv1.weight)
     before = wide.conv1.weight.clone()
-    with pytest.raises(CheckpointError, match=re.escape("linear.bias is (10,) in the file, (11,) in the model")):
+    with pytest.raises(CheckpointError,
+                       match=re.escape("linear.bias is (10,) in the file, (11,) in the model")):
         load_checkpoint(path, wide)
     with pytest.raises(CheckpointError, match="weight is absent in the file, .* and 43 more"):
         load_checkpoint(path, nn.Linear(2, 2))
@@ -251,12 +260,14 @@ def test_half_precision(tmp_path):
     for dtype in (torch.float16, torch.bfloat16):
         path = save_checkpoint(tmp_path/"x.safetensors", model, dtype=dtype)
         stored = load_tensors(path)[0]
-        assert stored["conv1.weight"].dtype == dtype and stored["bn1.num_batches_tracked"].dtype == torch.int64
+        assert (stored["conv1.weight"].dtype == dtype
+                and stored["bn1.num_batches_tracked"].dtype == torch.int64)
         back, _ = load_checkpoint(path)
         assert {p.dtype for p in back.parameters()} == {torch.float32}
         assert torch.equal(back.conv1.weight, model.conv1.weight.to(dtype).float())
     model.bn1.running_var[3] = 1e5
-    with pytest.raises(ValueError, match=re.escape("'bn1.running_var' holds 1e+05, beyond the range of torch.float16")):
+    with pytest.raises(ValueError, match=re.escape(
+            "'bn1.running_var' holds 1e+05, beyond the range of torch.float16")):
         save_checkpoint(tmp_path/"y.safetensors", model, dtype=torch.float16)
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
@@ -277,7 +288,8 @@ def test_building_from_a_file_spares_the_global_generator(tmp_path):
 
 def test_sha256_of_a_file(tmp_path):
     (tmp_path/"abc").write_bytes(b"abc")
-    assert file_sha256(tmp_path/"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (file_sha256(tmp_path/"abc")
+            == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
 
 
 def test_other_software_can_read_the_file(tmp_path):

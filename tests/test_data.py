@@ -1,4 +1,5 @@
-"""What a cell of the data and fetch notebooks is the wrong place for: servers, damaged files, missing packages."""
+"""What a cell of the data and fetch notebooks is the wrong place for: servers, damaged files,
+missing packages."""
 import gzip
 import hashlib
 import io
@@ -18,12 +19,13 @@ import torch
 from PIL import Image
 
 from weat_nb import fetch
-from weat_nb.data import (ImageData, augment, batches, check_images, load_dataset, load_images, split_holdout,
-                          to_float)
+from weat_nb.data import (ImageData, augment, batches, check_images, load_dataset, load_images,
+                          split_holdout, to_float)
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(monkeypatch): monkeypatch.setattr(fetch.download, '__defaults__', (*fetch.download.__defaults__[:-1], .001)) # between two tries
+def no_waiting(monkeypatch): # between two tries
+    monkeypatch.setattr(fetch.download, '__defaults__', (*fetch.download.__defaults__[:-1], .001))
 
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
@@ -37,12 +39,14 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path):
-    "A web server on this machine: `.folder` is what it serves, `.url` its address, `.asked` what was asked of it"
+    """A web server on this machine: `.folder` is what it serves, `.url` its address, `.asked` what
+    was asked of it"""
     folder = tmp_path/'served'
     folder.mkdir()
     with ThreadingHTTPServer(('127.0.0.1', 0), partial(QuietHandler, directory=folder)) as httpd:
         httpd.asked, httpd.folder, httpd.url = [], folder, f'http://127.0.0.1:{httpd.server_port}/'
-        thread = threading.Thread(target=httpd.serve_forever, kwargs={'poll_interval': .01}, daemon=True)
+        thread = threading.Thread(
+            target=httpd.serve_forever, kwargs={'poll_interval': .01}, daemon=True)
         thread.start()
         yield httpd
         httpd.shutdown()
@@ -51,7 +55,8 @@ def server(tmp_path):
 
 def dead_url():
     "An address on this machine where nobody listens"
-    with socket.create_server(('127.0.0.1', 0)) as unused: return f'http://127.0.0.1:{unused.getsockname()[1]}/'
+    with socket.create_server(('127.0.0.1', 0)) as unused:
+        return f'http://127.0.0.1:{unused.getsockname()[1]}/'
 
 
 def files_below(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob('*'))
@@ -72,7 +77,8 @@ def test_download_good(server, tmp_path):
 
 def test_download_wrong_checksum(server, tmp_path):
     (server.folder/'batch').write_bytes(b'half of')
-    message = f'/batch sent a file with md5 {md5(b"half of")}, the published one has {md5(b"half of it")}'
+    message = (f'/batch sent a file with md5 {md5(b"half of")}, '
+               f'the published one has {md5(b"half of it")}')
     with pytest.raises(ValueError, match=message):
         fetch.download(server.url + 'batch', tmp_path/'root'/'batch', md5(b'half of it'))
     assert files_below(tmp_path/'root') == []
@@ -81,7 +87,8 @@ def test_download_wrong_checksum(server, tmp_path):
 def test_download_refused_or_absent(server, tmp_path):
     folder = tmp_path/'root'
     for base, why in ((server.url, '404'), (dead_url(), 'refused')):
-        message = f'batch could not be fetched from {base}batch .*{why}.*by hand and put it into {folder}'
+        message = (f'batch could not be fetched from {base}batch .*{why}.*'
+                   f'by hand and put it into {folder}')
         with pytest.raises(ConnectionError, match=message):
             fetch.download(base + 'batch', folder/'batch', md5(b''), timeout=5)
     assert files_below(folder) == []
@@ -119,12 +126,14 @@ def small_cifar(server, monkeypatch):
     "CIFAR-10 and CIFAR-100 with three images a batch, served from this machine"
     from torchvision.datasets import CIFAR10, CIFAR100
     rng = np.random.default_rng(0)
-    for source, k, names, key in ((CIFAR10, 10, ['data_batch_1', 'data_batch_2', 'test_batch'], 'labels'),
-                                  (CIFAR100, 100, ['train', 'test'], 'fine_labels')):
+    for source, k, names, key in (
+            (CIFAR10, 10, ['data_batch_1', 'data_batch_2', 'test_batch'], 'labels'),
+            (CIFAR100, 100, ['train', 'test'], 'fine_labels')):
         content = {}
         for i, name in enumerate(names):
             images = rng.integers(256, size=(3, 3072), dtype=np.uint8)
-            content[name] = py2_pickle({'data': images, key: [i, k - 1, 0], 'coarse_labels': [1, 1, 1]})
+            content[name] = py2_pickle(
+                {'data': images, key: [i, k - 1, 0], 'coarse_labels': [1, 1, 1]})
         meta = source.meta['filename']
         content[meta] = py2_pickle({source.meta['key']: [f'class {i}' for i in range(k)]})
         with tarfile.open(server.folder/source.filename, 'w:gz') as tar:
@@ -145,9 +154,11 @@ def test_cifar_fetched_once(small_cifar, tmp_path):
     root = tmp_path/'root'
     train = load_dataset('cifar10', 'train', root)
     assert (len(train), train.num_classes, train.labels.tolist()) == (6, 10, [0, 9, 0, 1, 9, 0])
-    batch = pickle.loads((root/'cifar-10-batches-py'/'data_batch_1').read_bytes(), encoding='latin1')
+    batch = pickle.loads((root/'cifar-10-batches-py'/'data_batch_1').read_bytes(),
+                         encoding='latin1')
     assert np.array_equal(train.images[:3].numpy().reshape(3, -1), batch['data'])
-    unpacked = [f'cifar-10-batches-py/{n}' for n in ('batches.meta', 'data_batch_1', 'data_batch_2')]
+    unpacked = [f'cifar-10-batches-py/{n}'
+                for n in ('batches.meta', 'data_batch_1', 'data_batch_2')]
     assert files_below(root) == ['cifar-10-batches-py', *unpacked, 'cifar-10-python.tar.gz']
     test = load_dataset('cifar10', 'test', root) # from the archive that lies there
     assert test.labels.tolist() == [2, 9, 0]
@@ -185,7 +196,8 @@ def test_cifar_existing_files_are_not_replaced(small_cifar, tmp_path):
 def test_cifar_without_network(monkeypatch, tmp_path):
     from torchvision.datasets import CIFAR10
     monkeypatch.setattr(CIFAR10, 'url', dead_url() + CIFAR10.filename)
-    with pytest.raises(ConnectionError, match=r'cifar-10-python\.tar\.gz could not be fetched from .*into .*root'):
+    with pytest.raises(ConnectionError, match=r'cifar-10-python\.tar\.gz could not be fetched '
+                                              r'from .*into .*root'):
         load_dataset('cifar10', 'train', tmp_path/'root')
 
 
@@ -193,33 +205,39 @@ def test_cifar10_as_published():
     if not (fetch.data_root()/'cifar-10-batches-py'/'test_batch').exists():
         pytest.skip('CIFAR-10 is not in the data folder')
     data = load_dataset('cifar10', 'test')
-    assert data.classes[3] == 'cat' and data.labels[:4].tolist() == [3, 8, 8, 0] # cat, two ships, an airplane
+    # cat, two ships, an airplane
+    assert data.classes[3] == 'cat' and data.labels[:4].tolist() == [3, 8, 8, 0]
     assert data.labels.bincount().tolist() == [1_000]*10
     assert data.images.shape == (10_000, 3, 32, 32)
 
 
 @pytest.mark.parametrize('harm', [print, subprocess.Popen, np.load, eval])
 def test_unpickler_builds_arrays_only(harm):
-    with pytest.raises(pickle.UnpicklingError, match='not loaded'): fetch.unpickle(pickle.dumps(harm, protocol=2))
+    with pytest.raises(pickle.UnpicklingError, match='not loaded'):
+        fetch.unpickle(pickle.dumps(harm, protocol=2))
 
 
 # The other formats
 
-def idx(array): return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, '>u4').tobytes() + array.tobytes()
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, '>u4').tobytes() + array.tobytes()
 
 
 @pytest.mark.parametrize('place', ['', 'fashion-mnist/', 'FashionMNIST/raw/', 'unpacked'])
 def test_fashion_mnist_places(place, monkeypatch, tmp_path):
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(256, size=(5, 28, 28), dtype=np.uint8), np.arange(5, dtype=np.uint8)
+    images, labels = (rng.integers(256, size=(5, 28, 28), dtype=np.uint8),
+                      np.arange(5, dtype=np.uint8))
     parts = {'t10k-images-idx3': images, 't10k-labels-idx1': labels}
     for name, array in parts.items():
         monkeypatch.setitem(fetch.FASHION_MD5, name, md5(idx(array)))
-        path = tmp_path/(f'FashionMNIST/raw/{name}-ubyte' if place == 'unpacked' else f'{place}{name}-ubyte.gz')
+        path = tmp_path/(f'FashionMNIST/raw/{name}-ubyte' if place == 'unpacked'
+                         else f'{place}{name}-ubyte.gz')
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(idx(array) if place == 'unpacked' else gzip.compress(idx(array)))
     data = load_dataset('fashion_mnist', 'test', tmp_path)
-    assert np.array_equal(data.images[:, 0].numpy(), images) and data.labels.tolist() == list(range(5))
+    assert (np.array_equal(data.images[:, 0].numpy(), images)
+            and data.labels.tolist() == list(range(5)))
     if place != 'unpacked':
         path.write_bytes(path.read_bytes()[:-9])
         with pytest.raises(ValueError, match='t10k-labels-idx1-ubyte.gz is not the published file'):
@@ -228,21 +246,25 @@ def test_fashion_mnist_places(place, monkeypatch, tmp_path):
 
 def test_fashion_mnist_download(server, monkeypatch, tmp_path):
     from torchvision.datasets import FashionMNIST
-    parts = {'t10k-images-idx3': np.zeros((2, 28, 28), np.uint8), 't10k-labels-idx1': np.array([4, 2], np.uint8)}
+    parts = {'t10k-images-idx3': np.zeros((2, 28, 28), np.uint8),
+             't10k-labels-idx1': np.array([4, 2], np.uint8)}
     for name, array in parts.items():
         (server.folder/f'{name}-ubyte.gz').write_bytes(gzip.compress(idx(array)))
         monkeypatch.setitem(fetch.FASHION_MD5, name, md5(idx(array)))
     monkeypatch.setattr(FashionMNIST, 'mirrors', [server.url])
-    monkeypatch.setattr(FashionMNIST, 'resources', [(p.name, md5(p.read_bytes())) for p in server.folder.iterdir()])
+    monkeypatch.setattr(FashionMNIST, 'resources',
+                        [(p.name, md5(p.read_bytes())) for p in server.folder.iterdir()])
     assert load_dataset('fashion_mnist', 'test', tmp_path/'root').labels.tolist() == [4, 2]
-    assert files_below(tmp_path/'root'/'FashionMNIST'/'raw') == [f'{name}-ubyte.gz' for name in parts]
+    assert files_below(tmp_path/'root'/'FashionMNIST'/'raw') == [
+        f'{name}-ubyte.gz' for name in parts]
 
 
 def test_svhn(monkeypatch, tmp_path):
     scipy_io = pytest.importorskip('scipy.io', reason='SciPy reads SVHN')
     from torchvision.datasets import SVHN
     images = np.random.default_rng(0).integers(256, size=(32, 32, 3, 4), dtype=np.uint8)
-    scipy_io.savemat(tmp_path/'test_32x32.mat', {'X': images, 'y': np.array([[10], [1], [9], [10]], np.uint8)})
+    scipy_io.savemat(tmp_path/'test_32x32.mat',
+                     {'X': images, 'y': np.array([[10], [1], [9], [10]], np.uint8)})
     url, name, _ = SVHN.split_list['test']
     monkeypatch.setitem(SVHN.split_list, 'test', [url, name, md5((tmp_path/name).read_bytes())])
     data = load_dataset('svhn', 'test', tmp_path)
@@ -252,7 +274,8 @@ def test_svhn(monkeypatch, tmp_path):
 
 def test_svhn_without_scipy(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'scipy.io', None)
-    with pytest.raises(ImportError, match='pip install scipy'): load_dataset('svhn', 'test', tmp_path)
+    with pytest.raises(ImportError, match='pip install scipy'):
+        load_dataset('svhn', 'test', tmp_path)
 
 
 def jpeg(value, mode='RGB', size=64):
@@ -274,7 +297,8 @@ def small_tiny(tmp_path):
         (folder/'val'/'images'/f'val_{i}.JPEG').write_bytes(content)
     for wnid, value in (('n01', 10), ('n02', 240)):
         (folder/'train'/wnid/'images').mkdir(parents=True)
-        for n in range(500): (folder/'train'/wnid/'images'/f'{wnid}_{n}.JPEG').write_bytes(jpeg(value, 'L'))
+        for n in range(500):
+            (folder/'train'/wnid/'images'/f'{wnid}_{n}.JPEG').write_bytes(jpeg(value, 'L'))
     return folder
 
 
@@ -282,9 +306,12 @@ def test_tiny_imagenet_folder_and_zip(small_tiny, tmp_path, monkeypatch):
     train, test = (load_dataset('tiny_imagenet', split, tmp_path) for split in ('train', 'test'))
     assert test.labels.tolist() == [1, 0, 1] and test.classes == ('goldfish', 'toad')
     red, grey, blue = test.images.float()
-    assert (grey == 90).all() and red[0].mean() > 190 and red[2].mean() < 10 and blue[2].mean() > 190
-    assert train.images.shape == (1_000, 3, 64, 64) and train.labels.bincount().tolist() == [500, 500]
-    assert (train.images[train.labels == 0] == 10).all() and (train.images[train.labels == 1] == 240).all()
+    assert ((grey == 90).all()
+            and red[0].mean() > 190 and red[2].mean() < 10 and blue[2].mean() > 190)
+    assert (train.images.shape == (1_000, 3, 64, 64)
+            and train.labels.bincount().tolist() == [500, 500])
+    assert ((train.images[train.labels == 0] == 10).all()
+            and (train.images[train.labels == 1] == 240).all())
 
     packed = tmp_path/'packed'
     packed.mkdir()
@@ -314,11 +341,13 @@ def official_fashion_mnist(split):
     train = split == 'train'
     for root in (fetch.data_root(), '/usr/share/datasets'):
         root = fetch.data_root(root)
-        names = [f'{"train" if train else "t10k"}-{kind}-ubyte' for kind in ('images-idx3', 'labels-idx1')]
+        names = [f'{"train" if train else "t10k"}-{kind}-ubyte'
+                 for kind in ('images-idx3', 'labels-idx1')]
         for place in ('', 'fashion-mnist', 'FashionMNIST/raw'):
             if all((root/place/f'{n}.gz').exists() for n in names):
                 return load_dataset('fashion_mnist', split, root)
-    pytest.skip("no official Fashion-MNIST: neither in the data folder nor from Debian's dataset-fashion-mnist")
+    pytest.skip('no official Fashion-MNIST: neither in the data folder '
+                "nor from Debian's dataset-fashion-mnist")
 
 
 @pytest.mark.parametrize('split, each', [('train', 800), ('test', 200)])
@@ -328,7 +357,8 @@ def test_fashion_mini_is_the_first_of_each_class(split, each):
     for i, k in enumerate(official.labels.tolist()):
         if seen[k] < each: kept.append(i)
         seen[k] += 1
-    assert torch.equal(mini.images, official.images[kept]) and torch.equal(mini.labels, official.labels[kept])
+    assert (torch.equal(mini.images, official.images[kept])
+            and torch.equal(mini.labels, official.labels[kept]))
     assert mini.classes == official.classes
 
 
@@ -364,7 +394,8 @@ def test_augment_distribution(device):
     images = torch.zeros(n, 1, 11, 11, dtype=torch.uint8, device=device)
     images[:, :, 5, 2] = 1
     out = augment(images, torch.Generator(device).manual_seed(0), pad=2)
-    assert out.dtype == torch.uint8 and out.device == images.device and (out.sum((1, 2, 3)) == 1).all()
+    assert (out.dtype == torch.uint8 and out.device == images.device
+            and (out.sum((1, 2, 3)) == 1).all())
     _, _, row, column = out.nonzero().unbind(1)
     mirrored = column > 5 # 2 ± 2 and 8 ± 2 do not meet
     shift = (row - 3)*5 + torch.where(mirrored, column - 6, column)
@@ -383,7 +414,8 @@ def test_augment_with_a_cpu_generator_is_the_same_everywhere(device):
 def test_augment_memory_formats():
     images = torch.rand(8, 3, 12, 12)
     last = images.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(*(augment(x, torch.Generator().manual_seed(0), pad=3) for x in (images, last)))
+    assert torch.equal(*(augment(x, torch.Generator().manual_seed(0), pad=3)
+                         for x in (images, last)))
 
 
 def indexed(n, k=4):
@@ -420,7 +452,8 @@ def test_split_holdout(n, k):
     for held_n in (1, k, n//3, n - 1):
         rest, held = split_holdout(data, held_n, seed=5)
         i, j = (d.images[:, 0, 0, 0].tolist() for d in (rest, held))
-        assert len(held) == held_n and sorted(i + j) == list(range(n)) and i == sorted(i) and j == sorted(j)
+        assert (len(held) == held_n and sorted(i + j) == list(range(n))
+                and i == sorted(i) and j == sorted(j))
         share = data.labels.bincount(minlength=k)*held_n/n
         assert (held.labels.bincount(minlength=k) - share).abs().max() < 1
     for bad in (0, -1, n, n + 1):
@@ -443,21 +476,25 @@ def test_check_images_of_every_type(dtype):
     for value in (torch.nan, torch.inf, -torch.inf):
         bad = x.detach().clone()
         bad[1, 2, 3, 3] = value
-        with pytest.raises(ValueError, match='given 1 values that are NaN or infinite'): check_images(bad)
+        with pytest.raises(ValueError, match='given 1 values that are NaN or infinite'):
+            check_images(bad)
     for value in (1.01, -.01):
         bad = x.detach().clone()
         bad[0, 0, 0, 0] = value
-        with pytest.raises(ValueError, match=r'must lie in \[0, 1\], given values from'): check_images(bad)
+        with pytest.raises(ValueError, match=r'must lie in \[0, 1\], given values from'):
+            check_images(bad)
 
 
-@pytest.mark.parametrize('x', [None, np.zeros((1, 3, 4, 4)), torch.zeros(3, 4, 4), torch.zeros(1, 3, 4, 4).long()])
+@pytest.mark.parametrize('x', [None, np.zeros((1, 3, 4, 4)), torch.zeros(3, 4, 4),
+                               torch.zeros(1, 3, 4, 4).long()])
 def test_check_images_refuses_other_things(x):
     with pytest.raises(ValueError, match='must be a float tensor'): check_images(x)
 
 
 def test_to_float_is_exact():
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal((to_float(x)*255).round().to(torch.uint8), x) and to_float(x).dtype == torch.float32
+    assert (torch.equal((to_float(x)*255).round().to(torch.uint8), x)
+            and to_float(x).dtype == torch.float32)
     with pytest.raises(TypeError, match='given float32'): to_float(x.float())
 
 
@@ -477,5 +514,6 @@ def test_load_images_refuses(tmp_path):
         np.savez(path, image=bad_image, label=bad_label)
         with pytest.raises(ValueError, match='must be'): load_images(path)
     np.savez(path, image=image, label=label)
-    with pytest.raises(ValueError, match='labels go from 0 to 3, but 2 classes'): load_images(path, classes=('a', 'b'))
+    with pytest.raises(ValueError, match='labels go from 0 to 3, but 2 classes'):
+        load_images(path, classes=('a', 'b'))
     assert load_images(path).images.is_contiguous()

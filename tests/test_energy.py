@@ -1,4 +1,5 @@
-"""What the energies promise beyond the chapter's examples: every float16 value, no value read, no heavy import."""
+"""What the energies promise beyond the chapter's examples: every float16 value, no value read,
+no heavy import."""
 
 import math
 
@@ -32,20 +33,25 @@ def test_cross_entropy_is_a_difference_of_energies(K):
 def test_half_precision_is_computed_in_float32(dtype):
     z, y = batch(dtype=dtype)
     want = torch.float64 if dtype == torch.float64 else torch.float32
-    e = energy_weight(z[:, 0]), joint_energy(z, y), marginal_energy(z), delta_energy(z, z), delta_energy(z, z, y)
+    e = (energy_weight(z[:, 0]), joint_energy(z, y), marginal_energy(z),
+         delta_energy(z, z), delta_energy(z, z, y))
     assert [v.dtype for v in e] == [want] * 5
-    torch.testing.assert_close(marginal_energy(z), marginal_energy(z.double()).to(want), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        marginal_energy(z), marginal_energy(z.double()).to(want), rtol=1e-6, atol=1e-6)
 
 
 def test_float16_sum_may_exceed_its_range():
-    z = torch.full((1, 10), 65504.0, dtype=torch.float16)  # the largest float16; adding log 10 to it needs float32
+    # the largest float16; adding log 10 to it needs float32
+    z = torch.full((1, 10), 65504.0, dtype=torch.float16)
     torch.testing.assert_close(marginal_energy(z), torch.tensor([-65504 - math.log(10)]))
 
 
-@pytest.mark.parametrize("energy", [0.0, 1e-300, 0.5, 3.8744, 11.4755, 19.9, 20.1, 39.9, 40.1, 88.8, 745.2, 1e6, 1e300])
+@pytest.mark.parametrize("energy", [
+    0.0, 1e-300, 0.5, 3.8744, 11.4755, 19.9, 20.1, 39.9, 40.1, 88.8, 745.2, 1e6, 1e300])
 def test_weight_equals_the_formula_in_float64(energy):
     for e in (energy, -energy):
-        assert energy_weight(torch.tensor([e], dtype=torch.float64)).item() == pytest.approx(weight_exact(e), rel=1e-15)
+        assert energy_weight(torch.tensor([e], dtype=torch.float64)).item() == pytest.approx(
+            weight_exact(e), rel=1e-15)
 
 
 def test_weight_of_every_finite_float16():
@@ -58,7 +64,8 @@ def test_weight_of_every_finite_float16():
     torch.testing.assert_close(w.detach().double(), exact, rtol=1e-6, atol=0)
     (grad,) = torch.autograd.grad(w.sum(), energy)
     assert grad.isfinite().all()
-    assert w.argmax().item() in (every == 0).nonzero() and w.max().item() == pytest.approx(1 / math.log(2))
+    assert (w.argmax().item() in (every == 0).nonzero()
+            and w.max().item() == pytest.approx(1 / math.log(2)))
 
 
 def test_weight_falls_away_from_zero_on_both_sides():
@@ -86,7 +93,8 @@ def test_gradients():
 
 
 def test_delta_is_natural_minus_adversarial():
-    natural, adversarial = torch.tensor([[0.0, 0.0]]), torch.tensor([[5.0, 5.0]])  # adversarial has the lower energy
+    # adversarial has the lower energy
+    natural, adversarial = torch.tensor([[0.0, 0.0]]), torch.tensor([[5.0, 5.0]])
     assert delta_energy(natural, adversarial).item() == pytest.approx(5)
     assert delta_energy(natural, adversarial, torch.tensor([1])).item() == 5
 
@@ -95,7 +103,8 @@ def test_no_value_is_read():
     "Meta tensors have no values, so whatever would make a GPU wait for the host fails here"
     z = torch.empty(8, 10, device="meta")
     y = torch.empty(8, dtype=torch.int64, device="meta")
-    for result in (joint_energy(z, y), energy_weight(marginal_energy(z)), delta_energy(z, z), delta_energy(z, z, y)):
+    for result in (joint_energy(z, y), energy_weight(marginal_energy(z)),
+                   delta_energy(z, z), delta_energy(z, z, y)):
         assert result.shape == (8,) and result.device.type == "meta"
     with pytest.raises(ValueError, match=r"use y.to\(logits.device\)"):
         joint_energy(z, torch.zeros(8, dtype=torch.int64))
@@ -125,17 +134,21 @@ Z, Y = batch(B=2, K=3)
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: marginal_energy(Z[0]), ValueError, r"given \(3,\); for a single image use logits\[None\]"),
-        (lambda: marginal_energy(Z[None]), ValueError, r"logits must have shape \(B, K\).*given \(1, 2, 3\)"),
+        (lambda: marginal_energy(Z[0]), ValueError,
+         r"given \(3,\); for a single image use logits\[None\]"),
+        (lambda: marginal_energy(Z[None]), ValueError,
+         r"logits must have shape \(B, K\).*given \(1, 2, 3\)"),
         (lambda: marginal_energy(Z[:, :0]), ValueError, r"given \(2, 0\)"),
-        (lambda: marginal_energy(Z.long()), TypeError, "logits must be a floating-point tensor.*torch.int64"),
+        (lambda: marginal_energy(Z.long()), TypeError,
+         "logits must be a floating-point tensor.*torch.int64"),
         (lambda: marginal_energy(Z.tolist()), TypeError, "given list"),
         (lambda: joint_energy(Z, Y.int()), TypeError, r"int64.*given torch.int32; use y.long\(\)"),
         (lambda: joint_energy(Z, 1), TypeError, "given int"),
         (lambda: joint_energy(Z, Y[:1]), ValueError, r"y must have shape \(2,\).*given \(1,\)"),
         (lambda: joint_energy(Z, Y + 3), ValueError, r"y must lie in 0..2 for 3 classes"),
         (lambda: joint_energy(Z, Y - 100), ValueError, "it spans -"),
-        (lambda: delta_energy(Z, Z.long()), TypeError, "logits_adv must be a floating-point tensor"),
+        (lambda: delta_energy(Z, Z.long()), TypeError,
+         "logits_adv must be a floating-point tensor"),
         (lambda: delta_energy(Z, Z[:1]), ValueError, r"logits \(2, 3\) and logits_adv \(1, 3\)"),
         (lambda: energy_weight(Z), ValueError, "for logits use"),
         (lambda: energy_weight(Y), TypeError, "energy must be a floating-point tensor"),

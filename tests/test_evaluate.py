@@ -1,4 +1,5 @@
-"The evaluation: AutoAttack as pyautoattack has it, evaluations killed and taken up, what is refused, and the results page"
+"""The evaluation: AutoAttack as pyautoattack has it, evaluations killed and taken up, what is
+refused, and the results page"""
 import json
 import re
 import signal
@@ -16,10 +17,15 @@ from test_bad_parameters import page
 from torch import nn
 
 from weat_nb.data import ImageData, load_dataset, to_float
-from weat_nb.evaluate import EvaluationWarning, _result, attack_batch, evaluate, hardware, load_model, weights_sha256
+from weat_nb.evaluate import (
+    EvaluationWarning, _result, attack_batch, evaluate, hardware, load_model, weights_sha256,
+)
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
-from weat_nb.records import PAPER_RESULTS, measured_table, not_run_yet, paper_numbers, paper_table, read_records, record_rows
+from weat_nb.records import (
+    PAPER_RESULTS, measured_table, not_run_yet, paper_numbers, paper_table, read_records,
+    record_rows,
+)
 from weat_nb.runs import lock_file
 
 root = Path(__file__).parent.parent
@@ -28,18 +34,21 @@ EPS = dict(eps=.03, step_size=.01, show=False)
 
 def tiny(seed=0, classes=10):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, classes)).eval()
+    return nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(72, classes)).eval()
 
 
 def images_for(model, n=40, classes=10):
     "Random images, most of them with the class that the model sees in them"
-    images = torch.randint(256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(256, (n, 1, 8, 8), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(1))
     with torch.no_grad(): labels = model(to_float(images)).argmax(1)
     labels[::9] = (labels[::9] + 1) % classes
     return ImageData(images, labels, tuple(map(str, range(classes))), 'toy')
 
 
-def numbers(record): return [{k: v for k, v in r.items() if k != 'seconds'} for r in record['results']]
+def numbers(record):
+    return [{k: v for k, v in r.items() if k != 'seconds'} for r in record['results']]
 
 
 whole_version = AutoAttack._set_version
@@ -60,9 +69,12 @@ def by_itself(model, data, batch_size, seed=0):
     "pyautoattack without us: which images hold, and the accuracies it logs"
     run = AutoAttack(model, eps=EPS['eps'], norm='Linf', seed=seed, version='standard')
     said = []
-    run.logger = type('Log', (), {n: staticmethod(lambda text, *a: said.append(str(text))) for n in ('debug', 'info', 'warning')})
-    _, y_adv = run.run_standard_evaluation(to_float(data.images), data.labels, batch_size=batch_size)
-    return y_adv == data.labels, [s.split(': ')[1].split('%')[0] for s in said if s.startswith('robust accuracy after')]
+    run.logger = type('Log', (), {n: staticmethod(lambda text, *a: said.append(str(text)))
+                                  for n in ('debug', 'info', 'warning')})
+    _, y_adv = run.run_standard_evaluation(to_float(data.images), data.labels,
+                                           batch_size=batch_size)
+    return y_adv == data.labels, [s.split(': ')[1].split('%')[0] for s in said
+                                  if s.startswith('robust accuracy after')]
 
 
 @pytest.mark.parametrize('batch_size, seed', [(16, 0), (40, 3)])
@@ -74,17 +86,23 @@ def test_autoattack_is_pyautoattacks(short, batch_size, seed):
     assert torch.equal(here.correct['autoattack'], there)
     result = here.record['results'][1]
     assert [f'{v:.2f}' for k, v in result['after'].items() if k != 'clean'] == after
-    assert len(set(result['after'].values())) > 2 # several attacks broke something, so that the cascade has been seen
+    # several attacks broke something, so that the cascade has been seen
+    assert len(set(result['after'].values())) > 2
 
 
 def test_whole_autoattack():
-    "At its full length, on four images: wrong from the beginning, broken by APGD on CE, broken by the targeted APGD, and one that FAB and Square do not break either"
+    """At its full length, on four images: wrong from the beginning, broken by APGD on CE, broken by
+    the targeted APGD, and one that FAB and Square do not break either"""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).eval() # its cost is that of 15,000 calls, not of arithmetic
+    # its cost is that of 15,000 calls, not of arithmetic
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).eval()
     data = images_for(model, 60)[list(range(6, 10))]
-    here, (there, after) = evaluate(model, data, ('autoattack',), batch_size=4, **EPS), by_itself(model, data, 4)
+    here, (there, after) = (evaluate(model, data, ('autoattack',), batch_size=4, **EPS),
+                            by_itself(model, data, 4))
     assert torch.equal(here.correct['autoattack'], there)
-    assert here.record['results'][1]['after'] == {'clean': 75, 'apgd-ce': 50, 'apgd-t': 25, 'fab-t': 25, 'square': 25} and after == ['50.00', '25.00', '25.00', '25.00']
+    assert (here.record['results'][1]['after'] == {
+                'clean': 75, 'apgd-ce': 50, 'apgd-t': 25, 'fab-t': 25, 'square': 25}
+            and after == ['50.00', '25.00', '25.00', '25.00'])
 
 
 def test_pgd_is_pgd():
@@ -92,13 +110,14 @@ def test_pgd_is_pgd():
     model = tiny()
     data = images_for(model)
     here = evaluate(model, data, ('pgd-20',), **EPS)
-    x_adv = pgd(model, to_float(data.images), data.labels, eps=.03, step_size=.01, steps=20, generator=torch.Generator().manual_seed(0))
+    x_adv = pgd(model, to_float(data.images), data.labels, eps=.03, step_size=.01, steps=20,
+                generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): there = (model(x_adv).argmax(1) == data.labels) & here.correct['clean']
     assert 0 < there.sum() < here.correct['clean'].sum()
     assert (there != here.correct['pgd-20']).sum() <= 1 # another start, the same attack
 
 
-KILLED = """
+KILLED = ("""
 import sys, time
 sys.path.insert(0, {tests!r})
 import torch, test_evaluate as t, weat_nb.evaluate as e
@@ -110,22 +129,26 @@ def attack_batch(*a, **k):
     return original(*a, **k)
 e.attack_batch = attack_batch
 model = t.tiny()
-record = e.evaluate(model, t.images_for(model), ('clean', 'pgd-20', 'cw', 'autoattack'), state={state!r}, num_images=dict(autoattack=8), batch_size=4, **t.EPS).record
+record = e.evaluate(model, t.images_for(model), ('clean', 'pgd-20', 'cw', 'autoattack'), """
+"""state={state!r}, num_images=dict(autoattack=8), batch_size=4, **t.EPS).record
 print(t.json.dumps(t.numbers(record)))
-"""
+""")
 
 
 def test_killed_and_resumed(tmp_path):
-    "Killed by the system in the middle of its work, three times, and taken up: the numbers of one that ran through"
+    """Killed by the system in the middle of its work, three times, and taken up: the numbers of one
+    that ran through"""
     def start(state, slow):
         code = KILLED.format(tests=str(root/'tests'), slow=slow, state=str(state))
-        return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True)
     through = start(tmp_path/'through.json', 0)
     state, done = tmp_path/'killed.json', 0
     for more in (3, 12, 6): # batches until the next kill
         process = start(state, .05)
         while process.poll() is None:
-            count = sum(len(a['batches']) for a in json.loads(state.read_text())['attacks'].values()) if state.exists() else 0
+            count = sum(len(a['batches']) for a in json.loads(
+                state.read_text())['attacks'].values()) if state.exists() else 0
             if count >= done + more: process.send_signal(signal.SIGKILL)
             time.sleep(.01)
         assert process.returncode == -signal.SIGKILL, process.stderr.read()
@@ -135,7 +158,8 @@ def test_killed_and_resumed(tmp_path):
     again, _ = last.communicate()
     assert json.loads(again) == json.loads(out), err
     for name, entry in kept.items(): # what was there has not been computed again
-        for key, batch in entry['batches'].items(): assert json.loads(state.read_text())['attacks'][name]['batches'][key] == batch
+        for key, batch in entry['batches'].items():
+            assert json.loads(state.read_text())['attacks'][name]['batches'][key] == batch
     assert not list(tmp_path.glob('.*.part'))
 
 
@@ -157,7 +181,9 @@ def test_batch_size_is_halved(short):
     assert [r['batch_size'] for r in found.record['results']] == [8, 8, 8] # 16 do not fit
     expected = evaluate(model, data, ('pgd-20', 'autoattack'), batch_size=8, **EPS)
     for name in expected.correct: assert torch.equal(found.correct[name], expected.correct[name])
-    with pytest.raises(MemoryError, match='a batch of 16 images does not fit.*smaller batch_size'): evaluate(Small(model), data, ('pgd-20',), batch_size=16, **EPS)
+    with pytest.raises(MemoryError,
+                       match='a batch of 16 images does not fit.*smaller batch_size'):
+        evaluate(Small(model), data, ('pgd-20',), batch_size=16, **EPS)
 
 
 def test_state_of_something_else_is_refused(tmp_path):
@@ -166,23 +192,32 @@ def test_state_of_something_else_is_refused(tmp_path):
     evaluate(model, data, ('pgd-5',), state, **EPS)
     before = state.read_bytes()
     other = ImageData(255 - data.images, data.labels, data.classes, data.name)
-    for given, options, message in [((tiny(1), data), {}, 'weights_sha256 is'), ((model, other), {}, 'images_sha256 is'), ((model, data), dict(seed=1), 'seed is 0 there and 1 here'),
-                                    ((model, data), dict(num_images=20), 'clean .num_images is 40 there and 20 here'), ((model, data), dict(step_size=.02), 'pgd-5 .step_size is 0.01 there and 0.02 here')]:
-        with pytest.raises(ValueError, match=message): evaluate(*given, ('pgd-5',), state, **{**EPS, **options})
-    with pytest.raises(ValueError, match='the state holds batches of 40 images, given batch_size = 7'): evaluate(model, data, ('pgd-5',), state, batch_size=7, **EPS)
+    for given, options, message in [
+            ((tiny(1), data), {}, 'weights_sha256 is'), ((model, other), {}, 'images_sha256 is'),
+            ((model, data), dict(seed=1), 'seed is 0 there and 1 here'),
+            ((model, data), dict(num_images=20), 'clean .num_images is 40 there and 20 here'),
+            ((model, data), dict(step_size=.02), 'pgd-5 .step_size is 0.01 there and 0.02 here')]:
+        with pytest.raises(ValueError, match=message):
+            evaluate(*given, ('pgd-5',), state, **{**EPS, **options})
+    with pytest.raises(ValueError,
+                       match='the state holds batches of 40 images, given batch_size = 7'):
+        evaluate(model, data, ('pgd-5',), state, batch_size=7, **EPS)
     assert state.read_bytes() == before
     for text in ('{"format"', '[]', '{"format": "other"}'):
         state.write_text(text)
-        with pytest.raises(ValueError, match='is no state of an evaluation'): evaluate(model, data, ('pgd-5',), state, **EPS)
+        with pytest.raises(ValueError, match='is no state of an evaluation'):
+            evaluate(model, data, ('pgd-5',), state, **EPS)
 
 
 def test_the_pixels_mean_belongs_to_the_model(tmp_path):
     "No checkpoint holds it, and with another one the same weights answer otherwise"
     data = load_dataset('fashion_mini', 'test')[:10]
-    first, other = (create_model('resnet8', 10, 1, 28, mean=[mean], std=[.5], seed=0) for mean in (.5, .1))
+    first, other = (create_model('resnet8', 10, 1, 28, mean=[mean], std=[.5], seed=0)
+                    for mean in (.5, .1))
     assert weights_sha256(first) != weights_sha256(other)
     evaluate(first, data, ('clean',), tmp_path/'state.json', show=False)
-    with pytest.raises(ValueError, match='state of another evaluation .weights_sha256 is'): evaluate(other, data, ('clean',), tmp_path/'state.json', show=False)
+    with pytest.raises(ValueError, match='state of another evaluation .weights_sha256 is'):
+        evaluate(other, data, ('clean',), tmp_path/'state.json', show=False)
 
 
 def test_a_state_in_use_is_refused(tmp_path):
@@ -190,7 +225,9 @@ def test_a_state_in_use_is_refused(tmp_path):
     evaluate(model, images_for(model), ('clean',), state, **EPS)
     half = tmp_path/'.state.json.abcdefgh.part' # what the other process is writing just now
     half.touch()
-    with lock_file(tmp_path/'.state.json.lock', 'busy'), pytest.raises(RuntimeError, match='is being written by another evaluation: wait for it'): evaluate(model, images_for(model), ('clean',), state, **EPS)
+    with lock_file(tmp_path/'.state.json.lock', 'busy'), pytest.raises(
+            RuntimeError, match='is being written by another evaluation: wait for it'):
+        evaluate(model, images_for(model), ('clean',), state, **EPS)
     assert half.exists()
     evaluate(model, images_for(model), ('clean',), state, **EPS)
     assert not half.exists()
@@ -199,28 +236,42 @@ def test_a_state_in_use_is_refused(tmp_path):
 def test_the_gpu_is_named_where_it_computes(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: f'card {device}')
-    assert 'card' not in hardware('cpu') and hardware(torch.device('cuda:1')).startswith('card cuda:1, ')
+    assert ('card' not in hardware('cpu')
+            and hardware(torch.device('cuda:1')).startswith('card cuda:1, '))
 
 
 def test_records_of_one_model_are_one_row():
-    "Its attacks may come from several evaluations; another ball is another row, and not the paper's"
+    """Its attacks may come from several evaluations; another ball is another row, and not the
+    paper's"""
     def record(weights, eps, split='test', **accuracies):
-        return dict(model=dict(name=weights, arch='resnet18', weights_sha256=weights, training=dict(objective='sat', eps=8/255, epochs=100, seed=0, precision='bf16')), data=dict(dataset='cifar10', split=split),
-                    results=[dict(attack=a, num_images=1000, accuracy=v, **({} if a == 'clean' else dict(eps=eps))) for a, v in accuracies.items()])
-    mine = [record('a', 8/255, clean=90., **{'pgd-20': 50.}), record('a', 8/255, clean=90., autoattack=45.), record('a', 2/255, clean=90., autoattack=75.)]
+        return dict(model=dict(name=weights, arch='resnet18', weights_sha256=weights,
+                               training=dict(objective='sat', eps=8/255, epochs=100, seed=0,
+                                             precision='bf16')),
+                    data=dict(dataset='cifar10', split=split),
+                    results=[dict(attack=a, num_images=1000, accuracy=v,
+                                  **({} if a == 'clean' else dict(eps=eps)))
+                             for a, v in accuracies.items()])
+    mine = [record('a', 8/255, clean=90., **{'pgd-20': 50.}),
+            record('a', 8/255, clean=90., autoattack=45.),
+            record('a', 2/255, clean=90., autoattack=75.)]
     rows = measured_table(mine)
-    assert [(r['seeds'], r['PGD-20'], r['AutoAttack'], r['data']) for r in rows] == [(1, '50.0', '45.0', 'cifar10, ε = 0.0314'), (1, None, '75.0', 'cifar10, ε = 0.00784')]
+    assert [(r['seeds'], r['PGD-20'], r['AutoAttack'], r['data']) for r in rows] == [
+        (1, '50.0', '45.0', 'cifar10, ε = 0.0314'), (1, None, '75.0', 'cifar10, ε = 0.00784')]
     assert [r['data'] for r in measured_table(mine[:2])] == ['cifar10'] # one ball need not be named
     mine.append(record('a', 8/255, 'train', clean=99., **{'pgd-20': 80.}))
-    assert [(r['data'], r['PGD-20']) for r in measured_table(mine)][-1] == ('cifar10, train images, ε = 0.0314', '80.0') # and no part of the others
-    assert [(r['data'], r['objective'], r['AutoAttack, ours']) for r in paper_table(mine)] == [('cifar10', 'sat', '45.0')]
+    assert [(r['data'], r['PGD-20']) for r in measured_table(mine)][-1] == (
+        'cifar10, train images, ε = 0.0314', '80.0') # and no part of the others
+    assert [(r['data'], r['objective'], r['AutoAttack, ours']) for r in paper_table(mine)] == [
+        ('cifar10', 'sat', '45.0')]
 
 
 def record_of(training, dataset='cifar10', **accuracies):
     "Of a ResNet-18 in the paper's ball"
     settings = training and dict(eps=8/255, epochs=100, seed=0, precision='bf16') | training
-    results = [dict(attack=a, num_images=1000, eps=8/255, accuracy=v) for a, v in (accuracies or {'pgd-20': 50.}).items()]
-    return dict(model=dict(name='run', arch='resnet18', training=settings), data=dict(dataset=dataset, split='test'), results=results)
+    results = [dict(attack=a, num_images=1000, eps=8/255, accuracy=v)
+               for a, v in (accuracies or {'pgd-20': 50.}).items()]
+    return dict(model=dict(name='run', arch='resnet18', training=settings),
+                data=dict(dataset=dataset, split='test'), results=results)
 
 
 def test_rows_stand_in_the_order_of_the_objectives(tmp_path):
@@ -237,25 +288,36 @@ SIX = ['sat', 'trades', 'mart', 'mail_trades', 'weat_nat', 'weat_adv']
 
 
 def test_only_what_was_measured_stands_beside_the_paper():
-    "Runs of other settings are no seeds of one; a shorter run and a run without its attacks are no rows"
+    """Runs of other settings are no seeds of one; a shorter run and a run without its attacks are
+    no rows"""
     both = {'pgd-20': 50., 'autoattack': 45.}
-    mine = [record_of(dict(objective='sat'), **both), record_of(dict(objective='sat', seed=1), **both),
-            record_of(dict(objective='sat', epochs=2), autoattack=9.), record_of(dict(objective='mart', beta=5.)),
-            record_of(dict(objective='mart', beta=7.)), record_of(dict(objective='trades'), cw=50.), record_of(dict(objective='trades', protocol='released'), **both),
+    mine = [record_of(dict(objective='sat'), **both),
+            record_of(dict(objective='sat', seed=1), **both),
+            record_of(dict(objective='sat', epochs=2), autoattack=9.),
+            record_of(dict(objective='mart', beta=5.)), record_of(dict(objective='mart', beta=7.)),
+            record_of(dict(objective='trades'), cw=50.),
+            record_of(dict(objective='trades', protocol='released'), **both),
             record_of(dict(objective='der'), **both)]
     sat, five, seven = paper_table(mine)
-    assert sat == {'data': 'cifar10', 'objective': 'sat', 'PGD, paper': '49.03', 'PGD-20, ours': '50.0 ± 0.0', 'AutoAttack, paper': '45.37',
-                   'AutoAttack, ours': '45.0 ± 0.0', 'epochs, ours': 100, 'seeds, ours': 2}
+    assert sat == {
+        'data': 'cifar10', 'objective': 'sat', 'PGD, paper': '49.03', 'PGD-20, ours': '50.0 ± 0.0',
+        'AutoAttack, paper': '45.37', 'AutoAttack, ours': '45.0 ± 0.0',
+        'epochs, ours': 100, 'seeds, ours': 2}
     for row, beta in ((five, 5.), (seven, 7.)):
-        assert row == {'data': 'cifar10', 'objective': 'mart', 'PGD, paper': 'not known', 'PGD-20, ours': '50.0', 'AutoAttack, paper': 'not known',
-                       'AutoAttack, ours': 'not run yet', 'epochs, ours': 100, 'seeds, ours': 1, 'settings, ours': f'beta = {beta}'}
+        assert row == {
+            'data': 'cifar10', 'objective': 'mart', 'PGD, paper': 'not known',
+            'PGD-20, ours': '50.0', 'AutoAttack, paper': 'not known',
+            'AutoAttack, ours': 'not run yet', 'epochs, ours': 100, 'seeds, ours': 1,
+            'settings, ours': f'beta = {beta}'}
 
 
 def test_the_runs_that_are_missing_are_a_sentence():
     everything = [dict(data=d, objective=o) for d in PAPER_RESULTS for o in SIX]
-    assert not_run_yet([]) == f"Not run yet: 24 of the 24 runs of the paper's table: {', '.join(SIX)} on cifar10, cifar100, svhn, tiny_imagenet."
-    assert not_run_yet(everything[:1]) == ("Not run yet: 23 of the 24 runs of the paper's table: "
-                                           f"{', '.join(SIX[1:])} on cifar10; {', '.join(SIX)} on cifar100, svhn, tiny_imagenet.")
+    assert not_run_yet([]) == ("Not run yet: 24 of the 24 runs of the paper's table: "
+                               f"{', '.join(SIX)} on cifar10, cifar100, svhn, tiny_imagenet.")
+    assert not_run_yet(everything[:1]) == (
+        "Not run yet: 23 of the 24 runs of the paper's table: "
+        f"{', '.join(SIX[1:])} on cifar10; {', '.join(SIX)} on cifar100, svhn, tiny_imagenet.")
     assert not_run_yet(everything) == "All 24 runs of the paper's table have been run."
 
 
@@ -263,17 +325,22 @@ def test_the_papers_numbers_are_all_shown_once():
     rows = paper_numbers()
     shown = {(d, r['PGD / AutoAttack (%)']): r[d] for r in rows for d in PAPER_RESULTS}
     assert list(shown) == [(d, o) for o in SIX for d in PAPER_RESULTS]
-    assert [shown[key] for key in (('cifar10', 'weat_adv'), ('tiny_imagenet', 'mart'), ('svhn', 'mart'))] == ['53.35 / 49.75', '– / 17.79', '– / –']
-    assert sum(cell.count('.') for cell in shown.values()) == sum(v is not None for d in PAPER_RESULTS.values() for pair in d.values() for v in pair)
+    assert [shown[key] for key in (
+        ('cifar10', 'weat_adv'), ('tiny_imagenet', 'mart'), ('svhn', 'mart'))] == [
+            '53.35 / 49.75', '– / 17.79', '– / –']
+    assert sum(cell.count('.') for cell in shown.values()) == sum(
+        v is not None for d in PAPER_RESULTS.values() for pair in d.values() for v in pair)
 
 
 def test_cw_that_breaks_every_image():
-    "Without a radius nothing is left: exactly 0, whatever the number of images that were right before"
+    "Without a radius nothing is left: exactly 0, however many images were right before"
     for n in range(1001):
         clean = torch.arange(1000) < n
-        entry = dict(settings=dict(num_images=1000), batch_size=1000, batches={'cw/0': dict(seconds=1., distances=[.1]*n)})
+        entry = dict(settings=dict(num_images=1000), batch_size=1000,
+                     batches={'cw/0': dict(seconds=1., distances=[.1]*n)})
         result = _result('cw', entry, {'cw': torch.zeros(1000, dtype=torch.bool)}, clean)
-        assert result['accuracy_any_distance'] == 0 and len(record_rows(dict(results=[result]))) == 2
+        assert (result['accuracy_any_distance'] == 0
+                and len(record_rows(dict(results=[result]))) == 2)
 
 
 def test_state_takes_more_attacks(tmp_path, monkeypatch):
@@ -281,7 +348,8 @@ def test_state_takes_more_attacks(tmp_path, monkeypatch):
     data = images_for(model)
     first = evaluate(model, data, ('pgd-5',), tmp_path/'state.json', **EPS)
     seen = []
-    monkeypatch.setattr('weat_nb.evaluate.attack_batch', lambda part, *a, **k: (seen.append(part), attack_batch(part, *a, **k))[1])
+    monkeypatch.setattr('weat_nb.evaluate.attack_batch',
+                        lambda part, *a, **k: (seen.append(part), attack_batch(part, *a, **k))[1])
     more = evaluate(model, data, ('pgd-5', 'cw'), tmp_path/'state.json', **EPS)
     assert seen == ['cw'] and numbers(more.record)[:2] == numbers(first.record)
 
@@ -292,8 +360,10 @@ def test_model_and_random_state_are_left_alone(short):
     data, rng = images_for(model), torch.get_rng_state()
     before = weights_sha256(model)
     evaluate(model, data, ('pgd-5', 'cw', 'autoattack'), num_images=dict(autoattack=8), **EPS)
-    assert torch.equal(torch.get_rng_state(), rng) and model.training and weights_sha256(model) == before
-    assert [p.requires_grad for p in model.parameters()] == [False, True, True, True] and not any(p.grad is not None for p in model.parameters())
+    assert (torch.equal(torch.get_rng_state(), rng)
+            and model.training and weights_sha256(model) == before)
+    assert ([p.requires_grad for p in model.parameters()] == [False, True, True, True]
+            and not any(p.grad is not None for p in model.parameters()))
 
 
 class Rounded(nn.Module):
@@ -308,9 +378,11 @@ class Rounded(nn.Module):
 def test_masked_gradients_are_reported(short):
     model = Rounded(tiny())
     data = images_for(model)
-    with pytest.warns(EvaluationWarning) as seen: record = evaluate(model, data, ('pgd-20', 'autoattack'), **EPS).record
+    with pytest.warns(EvaluationWarning) as seen:
+        record = evaluate(model, data, ('pgd-20', 'autoattack'), **EPS).record
     texts = [str(w.message) for w in seen]
-    assert [t.split(':')[0] for t in texts] == ['zero gradients', 'gradient masking'] and record['warnings'] == texts
+    assert ([t.split(':')[0] for t in texts] == ['zero gradients', 'gradient masking']
+            and record['warnings'] == texts)
     clean = record['results'][0]
     assert clean['zero_gradients'] == round(clean['accuracy']*40/100)
 
@@ -319,14 +391,17 @@ def test_no_warning_without_reason(short):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         model = tiny()
-        assert evaluate(model, images_for(model), ('pgd-5', 'autoattack'), **EPS).record['warnings'] == []
+        assert evaluate(model, images_for(model), ('pgd-5', 'autoattack'),
+                        **EPS).record['warnings'] == []
 
 
 def test_above_the_record():
     model = tiny()
     data = images_for(model)
     data = ImageData(data.images, data.labels, data.classes, 'cifar10')
-    with pytest.warns(EvaluationWarning, match='too good: .* under pgd-1 on 40 images is above the published record for cifar10, 75.28 %'):
+    with pytest.warns(EvaluationWarning,
+                      match='too good: .* under pgd-1 on 40 images is above the published record '
+                            'for cifar10, 75.28 %'):
         evaluate(model, data, ('pgd-1',), eps=8/255, step_size=1e-4, show=False)
 
 
@@ -338,43 +413,57 @@ class NoGradient(Small):
 def test_no_gradient_and_no_number():
     model = NoGradient(tiny())
     data = images_for(model)
-    with pytest.warns(EvaluationWarning, match='zero gradients: .* none at 35 of 35'): evaluate(model, data, ('clean',), **EPS)
+    with pytest.warns(EvaluationWarning, match='zero gradients: .* none at 35 of 35'):
+        evaluate(model, data, ('clean',), **EPS)
     with torch.no_grad(): model.inner[3].bias.fill_(float('nan'))
-    with pytest.raises(FloatingPointError, match='NaN or infinite'): evaluate(model, data, ('clean',), **EPS)
+    with pytest.raises(FloatingPointError, match='NaN or infinite'):
+        evaluate(model, data, ('clean',), **EPS)
 
 
 class NaNBetweenPixels(Small):
     "Answers at images of whole pixel values only"
-    def forward(self, x): return self.inner(x) + torch.where((255*x - (255*x).round()).abs().flatten(1).amax(1, keepdim=True) > 1e-3, float('nan'), 0.)
+    def forward(self, x):
+        return self.inner(x) + torch.where(
+            (255*x - (255*x).round()).abs().flatten(1).amax(1, keepdim=True) > 1e-3,
+            float('nan'), 0.)
 
 
 @pytest.mark.parametrize('name', ['pgd-5', 'cw', 'autoattack'])
 def test_no_number_at_attacked_images(short, name):
     model = NaNBetweenPixels(tiny())
-    with pytest.raises((FloatingPointError, ValueError), match='NaN or infinite'): evaluate(model, images_for(model), (name,), **EPS)
+    with pytest.raises((FloatingPointError, ValueError), match='NaN or infinite'):
+        evaluate(model, images_for(model), (name,), **EPS)
 
 
 def test_refused():
     model = tiny(classes=4)
-    with pytest.raises(ValueError, match='needs 10 classes; toy has 4'): evaluate(model, images_for(model, classes=4), ('autoattack',), **EPS)
+    with pytest.raises(ValueError, match='needs 10 classes; toy has 4'):
+        evaluate(model, images_for(model, classes=4), ('autoattack',), **EPS)
     model = tiny()
-    with pytest.raises(ValueError, match="'toy' has no protocol: give eps and step_size"): evaluate(model, images_for(model), ('pgd-5',))
+    with pytest.raises(ValueError, match="'toy' has no protocol: give eps and step_size"):
+        evaluate(model, images_for(model), ('pgd-5',))
 
 
 def test_autoattack_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, 'pyautoattack', None)
     model = tiny()
-    with pytest.raises(ImportError, match="pip install 'weat_nb.attacks.'"): evaluate(model, images_for(model), ('autoattack',), **EPS)
+    with pytest.raises(ImportError, match="pip install 'weat_nb.attacks.'"):
+        evaluate(model, images_for(model), ('autoattack',), **EPS)
 
 
 def test_record_says_what_was_run(tmp_path):
     model, about, dataset = load_model('fashion_mini-sat-resnet8')
     data = load_dataset(dataset, 'test')[:10]
-    record = evaluate(model, data, ('pgd-5', 'cw'), tmp_path/'state.json', num_images=dict(cw=5), about=about, show=False).record
+    record = evaluate(model, data, ('pgd-5', 'cw'), tmp_path/'state.json', num_images=dict(cw=5),
+                      about=about, show=False).record
     assert str(tmp_path) not in json.dumps(record) and str(Path.home()) not in json.dumps(record)
-    assert record['model']['training']['objective'] == 'sat' and record['model']['arch'] == 'resnet8' and len(record['model']['file_sha256']) == 64
+    assert (record['model']['training']['objective'] == 'sat'
+            and record['model']['arch'] == 'resnet8'
+            and len(record['model']['file_sha256']) == 64)
     pgd, cw = record['results'][1:]
-    assert {**pgd, 'seconds': 0, 'accuracy': 0, 'standard_error': 0} == dict(attack='pgd-5', num_images=10, norm='linf', eps=.1, loss='ce', start='uniform', steps=5, step_size=.03, batch_size=10, accuracy=0, standard_error=0, seconds=0)
+    assert {**pgd, 'seconds': 0, 'accuracy': 0, 'standard_error': 0} == dict(
+        attack='pgd-5', num_images=10, norm='linf', eps=.1, loss='ce', start='uniform', steps=5,
+        step_size=.03, batch_size=10, accuracy=0, standard_error=0, seconds=0)
     assert cw['num_images'] == 5 and cw['accuracy_any_distance'] <= cw['accuracy']
     assert {'weat_nb', 'python', 'torch'} == set(record['versions'])
 
@@ -382,28 +471,37 @@ def test_record_says_what_was_run(tmp_path):
 @pytest.mark.parametrize('ending', ['.pth', '.safetensors'])
 def test_bare_weights(ending, tmp_path):
     model, path = create_model('resnet8', 10, 1, 28, seed=4).eval(), tmp_path/f'weights{ending}'
-    save_file(model.state_dict(), path) if ending == '.safetensors' else torch.save(dict(state_dict={f'module.{k}': v for k, v in model.state_dict().items()}), path)
+    save_file(model.state_dict(), path) if ending == '.safetensors' else torch.save(
+        dict(state_dict={f'module.{k}': v for k, v in model.state_dict().items()}), path)
     loaded, about, dataset = load_model(path, arch='resnet8', dataset='fashion_mini')
     x = torch.rand(2, 1, 28, 28)
     with torch.no_grad(): assert torch.equal(loaded(x), model(x))
     assert about['name'] == f'{tmp_path.name}/weights{ending}' and dataset == 'fashion_mini'
-    with pytest.raises(ValueError, match='does not hold the weights of resnet20'): load_model(path, arch='resnet20', dataset='fashion_mini')
+    with pytest.raises(ValueError, match='does not hold the weights of resnet20'):
+        load_model(path, arch='resnet20', dataset='fashion_mini')
     with pytest.raises(ValueError, match='name the dataset'): load_model(path, arch='resnet8')
-    with pytest.raises(ValueError, match="did you mean 'cifar10'"): load_model(path, arch='resnet8', dataset='cifar11')
-    with pytest.raises(ValueError, match='mean and std belong to bare weights'): load_model('fashion_mini-sat-resnet8', mean=[.5], std=[.5])
-    with pytest.raises(FileNotFoundError): load_model(tmp_path/f'nothing{ending}', arch='resnet8', dataset='fashion_mini')
+    with pytest.raises(ValueError, match="did you mean 'cifar10'"):
+        load_model(path, arch='resnet8', dataset='cifar11')
+    with pytest.raises(ValueError, match='mean and std belong to bare weights'):
+        load_model('fashion_mini-sat-resnet8', mean=[.5], std=[.5])
+    with pytest.raises(FileNotFoundError):
+        load_model(tmp_path/f'nothing{ending}', arch='resnet8', dataset='fashion_mini')
 
 
 def test_robustbench_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, 'robustbench', None)
-    with pytest.raises(ImportError, match='needs the package robustbench.*pip install'): load_model('robustbench:Engstrom2019Robustness', dataset='cifar10')
+    with pytest.raises(ImportError, match='needs the package robustbench.*pip install'):
+        load_model('robustbench:Engstrom2019Robustness', dataset='cifar10')
 
 
 @pytest.mark.parametrize('parameters, message', [
-    (dict(atacks='clean'), "unknown parameter 'atacks' - did you mean 'attacks'"), (dict(attacks='clean, fgsm'), "attack 'fgsm' is not one of clean, pgd-20")], ids=lambda v: str(v)[:20])
+    (dict(atacks='clean'), "unknown parameter 'atacks' - did you mean 'attacks'"),
+    (dict(attacks='clean, fgsm'), "attack 'fgsm' is not one of clean, pgd-20")],
+    ids=lambda v: str(v)[:20])
 def test_bad_parameters_stop_before_any_work(parameters, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert re.search(message, page(root/'nbs/09_evaluate.ipynb').refuses(**parameters)) # papermill gives the same error: test_bad_parameters.py
+    # papermill gives the same error: test_bad_parameters.py
+    assert re.search(message, page(root/'nbs/09_evaluate.ipynb').refuses(**parameters))
     assert not list(tmp_path.iterdir())
 
 
@@ -413,16 +511,22 @@ results = root/'nbs/results/index.ipynb'
 def test_results_page_shows_the_records(tmp_path):
     "The saved page is what its records give when it is run again"
     import papermill
-    papermill.execute_notebook(results, tmp_path/'out.ipynb', cwd=results.parent, progress_bar=False)
-    tables = [[''.join(o['data']['text/markdown']) for c in json.loads(p.read_text())['cells'] for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})] for p in (results, tmp_path/'out.ipynb')]
-    assert tables[0] == tables[1], 'run the page again: papermill --cwd nbs/results nbs/results/index.ipynb nbs/results/index.ipynb && nbdev-clean'
+    papermill.execute_notebook(results, tmp_path/'out.ipynb', cwd=results.parent,
+                               progress_bar=False)
+    tables = [[''.join(o['data']['text/markdown']) for c in json.loads(p.read_text())['cells']
+               for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})]
+              for p in (results, tmp_path/'out.ipynb')]
+    assert tables[0] == tables[1], (
+        'run the page again: papermill --cwd nbs/results '
+        'nbs/results/index.ipynb nbs/results/index.ipynb && nbdev-clean')
     records = read_records(results.parent/'records')
     measured, *between, listed = tables[0]
     assert measured == measured_table(records)._repr_markdown_()
     missing, *paper = between[between.index(paper_numbers()._repr_markdown_()) + 1:]
     ours = paper_table(records)
     assert missing == not_run_yet(ours)
-    assert paper == ([ours._repr_markdown_()] if ours else []) and len(listed.splitlines()) == len(records) + 2
+    assert (paper == ([ours._repr_markdown_()] if ours else [])
+            and len(listed.splitlines()) == len(records) + 2)
 
 
 def test_records_hold_no_paths_of_machines():

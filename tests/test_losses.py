@@ -1,4 +1,4 @@
-"What guards weat_nb.losses beyond the chapter: naive formulas for many class counts, gradients, types, the table."
+"weat_nb.losses beyond the chapter: naive formulas for many class counts, gradients, types, table."
 import dataclasses
 import math
 
@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from weat_nb.attacks import pgd
-from weat_nb.losses import (OBJECTIVES, der_loss, get_objective, kl_divergence, mail_trades_loss, mart_loss,
-                            probabilistic_margin, sat_loss, trades_loss, weat_loss)
+from weat_nb.losses import (OBJECTIVES, der_loss, get_objective, kl_divergence, mail_trades_loss,
+                            mart_loss, probabilistic_margin, sat_loss, trades_loss, weat_loss)
 
 GAMMA = dict(der=1., der_single_step=0.) # of the rows
 
@@ -62,7 +62,8 @@ def test_reductions(name):
     each = call(name, z, z_adv, y, reduction="none")
     assert torch.allclose(call(name, z, z_adv, y), each.mean(), atol=1e-12)
     assert torch.allclose(call(name, z, z_adv, y, reduction="sum"), each.sum(), atol=1e-12)
-    with pytest.raises(ValueError, match="mean, sum, none"): call(name, z, z_adv, y, reduction="avg")
+    with pytest.raises(ValueError, match="mean, sum, none"):
+        call(name, z, z_adv, y, reduction="avg")
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -74,7 +75,8 @@ def test_huge_logits_stay_finite(name, dtype, size):
     for label in range(3):
         y = torch.full((len(z),), label)
         values = call(name, z, z_adv, y, reduction="none")
-        grads = [g for g in torch.autograd.grad(values.sum(), (z, z_adv), allow_unused=True) if g is not None]
+        grads = [g for g in torch.autograd.grad(values.sum(), (z, z_adv), allow_unused=True)
+                 if g is not None]
         assert grads and all(t.isfinite().all() for t in (values, *grads))
         assert (values >= -1e-3).all()
 
@@ -85,7 +87,8 @@ def test_half_precision_is_computed_in_float32(name, dtype):
     z, z_adv = z.to(dtype), z_adv.to(dtype)
     expected = call(name, z.float(), z_adv.float(), y)
     assert expected.dtype == torch.float32 and torch.equal(call(name, z, z_adv, y), expected)
-    with torch.autocast("cpu", torch.bfloat16): assert torch.equal(call(name, z, z_adv, y), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(name, z, z_adv, y), expected)
 
 def test_float64_stays_float64():
     z, z_adv, y = logits(10)
@@ -99,39 +102,53 @@ def test_kl_is_a_divergence():
 
 def test_identities():
     z, z_adv, y = logits(10)
-    assert torch.equal(mail_trades_loss(z, z_adv, y, beta=3., weighted=False), trades_loss(z, z_adv, y, beta=3.))
-    assert torch.equal(call("mail_trades", z, z_adv, y, weighted=False), trades_loss(z, z_adv, y, beta=5.))
-    assert torch.allclose(mail_trades_loss(z, z_adv, y, slope=0., scale=2.), trades_loss(z, z_adv, y, beta=5.))
+    assert torch.equal(mail_trades_loss(z, z_adv, y, beta=3., weighted=False),
+                       trades_loss(z, z_adv, y, beta=3.))
+    assert torch.equal(call("mail_trades", z, z_adv, y, weighted=False),
+                       trades_loss(z, z_adv, y, beta=5.))
+    assert torch.allclose(mail_trades_loss(z, z_adv, y, slope=0., scale=2.),
+                          trades_loss(z, z_adv, y, beta=5.))
     # Energy solved for weight 1: log(1 + exp|E|) = 1 at |E| = log(e - 1).
     unit = z - z.logsumexp(1, keepdim=True) + math.log(math.e - 1)
     assert torch.allclose(weat_loss(unit, z_adv, y, variant="nat"), trades_loss(z, z_adv, y))
-    assert torch.allclose(weat_loss(unit, z_adv, y, variant="adv", beta=0), sat_loss(None, z_adv, y))
+    assert torch.allclose(weat_loss(unit, z_adv, y, variant="adv", beta=0),
+                          sat_loss(None, z_adv, y))
 
 def test_what_is_detached_and_what_is_not():
     z, z_adv, y = logits(10)
     def gradient(f, at=z):
         at = at.clone().requires_grad_()
         return torch.autograd.grad(f(at).sum(), at)[0]
-    # A shift of all logits moves the energy only, so a weight in the graph would show as a derivative along it.
+    # A shift of all logits moves the energy only, so a weight in the graph would show as a
+    # derivative along it.
     for variant in ("adv", "nat"):
-        assert gradient(lambda t: weat_loss(t, z_adv, y, variant=variant)).sum(1).abs().max() < 1e-12
+        assert gradient(
+            lambda t: weat_loss(t, z_adv, y, variant=variant)).sum(1).abs().max() < 1e-12
     # MART's doubt is in the graph: at equal KL its gradient differs from that of a constant weight.
     doubt = 1 - z.softmax(1)[range(len(y)), y]
     constant = gradient(lambda t: 5 * doubt * kl_divergence(t, z_adv))
-    assert (gradient(lambda t: mart_loss(t, z_adv, y, reduction="none")) - constant).abs().max() > 1e-2
+    assert (gradient(lambda t: mart_loss(t, z_adv, y, reduction="none"))
+            - constant).abs().max() > 1e-2
     # The natural side of the divergence is trained too.
     assert gradient(lambda t: kl_divergence(t, z_adv)).abs().max() > 1e-2
 
 def test_der_charges_beyond_gamma_and_only_abnormal_examples():
-    "Four samples of two classes by hand: ΔE(x, y) is the move of the label's logit, both energies known"
+    "Four samples of two classes by hand: ΔE(x, y) is the move of the label's logit, energies known"
     y = torch.zeros(4, dtype=torch.int64)
     z = torch.tensor([[0., 0.]]).repeat(4, 1)
-    z_adv = z + torch.tensor([[3., 3.], [-3., -3.], [4., 0.], [0., 4.]]) # shifted up, shifted down, abnormal, attacked
-    drift = torch.tensor([18**.5, 18**.5, math.hypot(4, math.log((math.e**4 + 1) / 2)), math.log((math.e**4 + 1) / 2)])
-    def charged(**options): return der_loss(z, z_adv, y, reduction="none", beta=2., **options) - sat_loss(None, z_adv, y, reduction="none")
+    z_adv = z + torch.tensor([ # shifted up, shifted down, abnormal, attacked
+        [3., 3.], [-3., -3.], [4., 0.], [0., 4.]])
+    drift = torch.tensor([18**.5, 18**.5, math.hypot(4, math.log((math.e**4 + 1) / 2)),
+                          math.log((math.e**4 + 1) / 2)])
+    def charged(**options):
+        return (der_loss(z, z_adv, y, reduction="none", beta=2., **options)
+                - sat_loss(None, z_adv, y, reduction="none"))
     assert torch.allclose(charged(gamma=0.), 2 * drift)
-    assert torch.allclose(charged(gamma=4.), 2 * torch.tensor([18**.5 - 4, 18**.5 - 4, drift[2] - 4, 0.]), atol=1e-5)
-    assert torch.allclose(charged(gamma=1., abnormal_only=True), 2 * torch.tensor([0., 0., drift[2] - 1, 0.]), atol=1e-5)
+    assert torch.allclose(
+        charged(gamma=4.), 2 * torch.tensor([18**.5 - 4, 18**.5 - 4, drift[2] - 4, 0.]), atol=1e-5)
+    assert torch.allclose(
+        charged(gamma=1., abnormal_only=True), 2 * torch.tensor([0., 0., drift[2] - 1, 0.]),
+        atol=1e-5)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("abnormal_only", [False, True])
@@ -148,7 +165,7 @@ def test_der_trains_both_sides():
     a, b = z.requires_grad_(), z_adv.requires_grad_()
     grads = torch.autograd.grad(der_loss(a, b, y, gamma=0.), (a, b))
     assert grads[0].abs().max() > 1e-3
-    # E(x) and E(x, y) enter as differences: the gradients of the two images cancel but for the cross-entropy's.
+    # E(x) and E(x, y) enter as differences: the gradients of the two images cancel but for CE's.
     ce, = torch.autograd.grad(sat_loss(None, b, y), b)
     assert torch.allclose(grads[0].sum(1), -(grads[1] - ce).sum(1), atol=1e-12)
 
@@ -158,11 +175,12 @@ def test_probabilistic_margin_has_the_right_sign():
     assert -1 <= right < -.99 and .99 < wrong <= 1
 
 def test_table():
-    assert list(OBJECTIVES) == ["standard", "sat", "trades", "mart", "mail_trades", "weat_nat", "weat_adv", "der",
-                                "der_single_step"]
+    assert list(OBJECTIVES) == ["standard", "sat", "trades", "mart", "mail_trades", "weat_nat",
+                                "weat_adv", "der", "der_single_step"]
     assert all(name == o.name for name, o in OBJECTIVES.items())
     assert [o.beta for o in OBJECTIVES.values()] == [None, None, 6, 5, 5, 6, 6, 1, 5]
-    assert [o.attack for o in OBJECTIVES.values()] == [None, "ce", "kl", "ce", "kl", "kl", "kl", "ce", "ce"]
+    assert [o.attack for o in OBJECTIVES.values()] == [
+        None, "ce", "kl", "ce", "kl", "kl", "kl", "ce", "ce"]
     assert [o.name for o in OBJECTIVES.values() if o.burn_in] == ["mail_trades"]
     with pytest.raises(dataclasses.FrozenInstanceError): OBJECTIVES["sat"].beta = 1.
 
@@ -183,7 +201,8 @@ def test_a_training_step_with_every_row(o):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
     x, y = torch.rand(12, 1, 4, 4), torch.arange(12) % 3
-    x_adv = x if o.attack is None else pgd(net, x, y, eps=.1, step_size=.03, steps=5, loss=o.attack, start=o.start)
+    x_adv = x if o.attack is None else pgd(
+        net, x, y, eps=.1, step_size=.03, steps=5, loss=o.attack, start=o.start)
     assert o.attack is None or (x_adv != x).any()
     values = []
     for _ in range(2):

@@ -36,7 +36,8 @@ def assert_near(a, b):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_shapes_for_every_size_and_channel_count(arch):
     for channels, classes in ((1, 100), (3, 200)):
-        model = create_model(arch, classes, channels, seed=0).to("meta") # no values there, so that nothing may read any
+        # no values there, so that nothing may read any
+        model = create_model(arch, classes, channels, seed=0).to("meta")
         for size in (28, 32, 64):
             assert model(torch.empty(5, channels, size, size, device="meta")).shape == (5, classes)
 
@@ -65,7 +66,8 @@ def test_resnet18_is_torchvisions_with_another_stem():
     other = torchvision.models.resnet18(num_classes=10)
     other.conv1, other.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     model = make("resnet18")
-    theirs = {k.replace("shortcut", "downsample").replace("linear", "fc"): v for k, v in model.state_dict().items()}
+    theirs = {k.replace("shortcut", "downsample").replace("linear", "fc"): v
+              for k, v in model.state_dict().items()}
     other.load_state_dict(theirs)
     assert_near(other.eval()(images(32)), model(images(32)))
 
@@ -73,13 +75,15 @@ def test_resnet18_is_torchvisions_with_another_stem():
 def functional_preact(s, x, blocks, projection, last_norm, head):
     "A pre-activation network from its state dict alone: blocks as (prefix, stride)"
     def norm_relu(h, key):
-        return F.relu(F.batch_norm(h, *(s[f"{key}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))))
+        return F.relu(F.batch_norm(
+            h, *(s[f"{key}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))))
 
     h = F.conv2d(x, s["conv1.weight"], padding=1)
     for prefix, stride in blocks:
         a = norm_relu(h, prefix + "bn1")
         skip = F.conv2d(a, s[prefix + projection], stride=stride) if prefix + projection in s else h
-        a = norm_relu(F.conv2d(a, s[prefix + "conv1.weight"], stride=stride, padding=1), prefix + "bn2")
+        a = norm_relu(
+            F.conv2d(a, s[prefix + "conv1.weight"], stride=stride, padding=1), prefix + "bn2")
         h = skip + F.conv2d(a, s[prefix + "conv2.weight"], padding=1)
     return F.linear(norm_relu(h, last_norm).mean((2, 3)), s[head + ".weight"], s[head + ".bias"])
 
@@ -87,20 +91,27 @@ def functional_preact(s, x, blocks, projection, last_norm, head):
 def test_preactivation_networks_from_the_published_names():
     x = images()
     model = make("preact_resnet18")
-    blocks = [(f"layer{i}.{j}.", 2 if i > 1 and j == 0 else 1) for i in (1, 2, 3, 4) for j in (0, 1)]
-    assert_near(model(x), functional_preact(model.state_dict(), x, blocks, "shortcut.0.weight", "bn", "linear"))
+    blocks = [(f"layer{i}.{j}.", 2 if i > 1 and j == 0 else 1)
+              for i in (1, 2, 3, 4) for j in (0, 1)]
+    assert_near(model(x), functional_preact(
+        model.state_dict(), x, blocks, "shortcut.0.weight", "bn", "linear"))
 
     model = make("wrn_28_10")
-    blocks = [(f"block{i}.layer.{j}.", 2 if i > 1 and j == 0 else 1) for i in (1, 2, 3) for j in range(4)]
-    assert_near(model(x), functional_preact(model.state_dict(), x, blocks, "convShortcut.weight", "bn1", "fc"))
+    blocks = [(f"block{i}.layer.{j}.", 2 if i > 1 and j == 0 else 1)
+              for i in (1, 2, 3) for j in range(4)]
+    assert_near(model(x), functional_preact(
+        model.state_dict(), x, blocks, "convShortcut.weight", "bn1", "fc"))
 
 
 @pytest.mark.parametrize("arch, pattern, tensors", [
     ("resnet20", r"(conv1|linear|bn1|layer[123]\.[012]\.(conv|bn)[12])", 116),
     ("resnet56", r"(conv1|linear|bn1|layer[123]\.[0-8]\.(conv|bn)[12])", 332),
-    ("resnet18", r"(conv1|linear|bn1|layer[1234]\.[01]\.(conv|bn)[12]|layer[234]\.0\.shortcut\.[01])", 122),
-    ("preact_resnet18", r"(conv1|linear|bn|layer[1234]\.[01]\.(conv|bn)[12]|layer[234]\.0\.shortcut\.0)", 107),
-    ("wrn_28_10", r"(conv1|fc|bn1|block[123]\.layer\.[0-3]\.(conv|bn)[12]|block[123]\.layer\.0\.convShortcut)", 155),
+    ("resnet18", r"(conv1|linear|bn1|layer[1234]\.[01]\.(conv|bn)[12]"
+                 r"|layer[234]\.0\.shortcut\.[01])", 122),
+    ("preact_resnet18", r"(conv1|linear|bn|layer[1234]\.[01]\.(conv|bn)[12]"
+                        r"|layer[234]\.0\.shortcut\.0)", 107),
+    ("wrn_28_10", r"(conv1|fc|bn1|block[123]\.layer\.[0-3]\.(conv|bn)[12]"
+                  r"|block[123]\.layer\.0\.convShortcut)", 155),
 ])
 def test_state_dict_has_the_names_of_public_checkpoints(arch, pattern, tensors):
     model = create_model(arch, 10, mean=(.5, .5, .5), std=(.2, .2, .2), seed=0)
@@ -144,7 +155,8 @@ def test_config_is_plain_and_rebuilds():
     assert json.loads(json.dumps(model.config)) == model.config
     again = create_model(**model.config, seed=3)
     assert again.config == model.config and again.config["mean"] == [.5]
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert all(torch.equal(a, b)
+               for a, b in zip(model.state_dict().values(), again.state_dict().values()))
 
 
 def test_seed_fixes_the_weights_and_spares_the_global_generator():
@@ -191,7 +203,8 @@ def test_initial_scale_of_pytorch(arch):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         untouched = ARCHS[arch].build(10, 3)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), untouched.state_dict().values()))
+    assert all(torch.equal(a, b)
+               for a, b in zip(model.state_dict().values(), untouched.state_dict().values()))
     assert model.config == create_model(arch, 10, seed=0).config
 
 

@@ -18,7 +18,8 @@ KINDS = {'int': int, 'float': float, 'str': str, 'bool': bool}
 
 def parameters_cell(notebook):
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
-    return ''.join(next((c['source'] for c in cells if 'parameters' in c['metadata'].get('tags', ())), []))
+    return ''.join(next(
+        (c['source'] for c in cells if 'parameters' in c['metadata'].get('tags', ())), []))
 
 
 inspect = lru_cache(inspect_notebook)
@@ -33,7 +34,8 @@ def test_experiments_have_parameters():
 @pytest.mark.parametrize('notebook', notebooks, ids=lambda p: p.stem)
 def test_every_parameter_is_explained(notebook):
     found = inspect(str(notebook))
-    assert list(found) == [line.target.id for line in ast.parse(parameters_cell(notebook)).body] # every line is one that papermill understands
+    # every line is one that papermill understands
+    assert list(found) == [line.target.id for line in ast.parse(parameters_cell(notebook)).body]
     for name, p in found.items():
         default = ast.literal_eval(p['default'])
         assert p['inferred_type_name'] in KINDS, name
@@ -44,7 +46,8 @@ def test_every_parameter_is_explained(notebook):
 
 def test_types_are_those_of_the_config():
     found = inspect(str(root/'nbs/04_train_weat.ipynb'))
-    assert {f.name: f.metadata['kind'].__name__ for f in fields(TrainConfig)}.items() <= {n: p['inferred_type_name'] for n, p in found.items()}.items()
+    assert ({f.name: f.metadata['kind'].__name__ for f in fields(TrainConfig)}.items()
+            <= {n: p['inferred_type_name'] for n, p in found.items()}.items())
 
 
 @pytest.mark.parametrize('notebook', notebooks, ids=lambda p: p.stem)

@@ -10,18 +10,22 @@ from weat_nb.checkpoints import CheckpointError, save_checkpoint
 from weat_nb.data import load_dataset, to_float
 from weat_nb.evaluate import load_model
 from weat_nb.models import create_model
-from weat_nb.pretrained import PUBLIC_MODELS, load_pretrained, load_weights, model_folders, pretrained_names, pretrained_note, publish_model
+from weat_nb.pretrained import (
+    PUBLIC_MODELS, load_pretrained, load_weights, model_folders, pretrained_names, pretrained_note,
+    publish_model)
 
 
 def accuracy(model, data):
-    with torch.no_grad(): return (model(to_float(data.images)).argmax(1) == data.labels).float().mean().item()*100
+    with torch.no_grad():
+        return (model(to_float(data.images)).argmax(1) == data.labels).float().mean().item()*100
 
 
 @pytest.fixture
 def published(tmp_path):
     "A folder with one published network"
     run = tmp_path/'run'
-    save_checkpoint(run/'best.safetensors', create_model('resnet8', 10, 1, 28, seed=0), metadata=dict(epoch=1, config=dict(dataset='fashion_mini')))
+    save_checkpoint(run/'best.safetensors', create_model('resnet8', 10, 1, 28, seed=0),
+                    metadata=dict(epoch=1, config=dict(dataset='fashion_mini')))
     publish_model(run, 'mine', tmp_path/'published')
     return tmp_path/'published'
 
@@ -54,7 +58,8 @@ def test_everything_shipped_loads(cache):
         if not dataset.startswith('fashion'): continue # only that is at hand everywhere
         if dataset not in data: data[dataset] = load_dataset(dataset, 'test')[:500]
         assert accuracy(load_pretrained(name), data[dataset]) > 60, name
-    assert {f'fashion_mini-{o}-resnet8' for o in ('standard', 'sat', 'trades', 'weat_nat', 'weat_adv')} <= set(shipped)
+    assert {f'fashion_mini-{o}-resnet8'
+            for o in ('standard', 'sat', 'trades', 'weat_nat', 'weat_adv')} <= set(shipped)
 
 
 def test_public_network_in_a_package():
@@ -67,7 +72,8 @@ def test_public_network_in_a_package():
 def test_public_network_is_refused_when_another_file_has_its_name(tmp_path):
     row = PUBLIC_MODELS['cifar10-standard-resnet20']
     torch.save(create_model('resnet20', 10).state_dict(), tmp_path/row.file)
-    with pytest.raises(CheckpointError, match='not the file that was published'): load_pretrained('cifar10-standard-resnet20', root=tmp_path)
+    with pytest.raises(CheckpointError, match='not the file that was published'):
+        load_pretrained('cifar10-standard-resnet20', root=tmp_path)
 
 
 def test_from_an_address(address, cache):
@@ -78,7 +84,8 @@ def test_from_an_address(address, cache):
     assert len(list(cache.rglob('mine.*'))) == 2
     model, about, dataset = load_model('mine', root=address)
     with torch.no_grad(): assert torch.equal(model(x), first(x))
-    assert dataset == 'fashion_mini' and about['file_sha256'] == pretrained_note('mine', address)[1]['sha256']
+    assert (dataset == 'fashion_mini'
+            and about['file_sha256'] == pretrained_note('mine', address)[1]['sha256'])
 
 
 def test_a_public_network_is_looked_for_where_it_is_published(address, cache, monkeypatch):
@@ -94,7 +101,8 @@ def test_a_public_network_is_looked_for_where_it_is_published(address, cache, mo
 
 def test_an_address_that_sends_something_else(address, published, cache):
     (published/'mine.json').write_text('<html>not found</html>')
-    with pytest.raises(CheckpointError, match='not the description of a model'): load_pretrained('mine', root=address)
+    with pytest.raises(CheckpointError, match='not the description of a model'):
+        load_pretrained('mine', root=address)
     assert not list(cache.rglob('mine.*'))
 
 
@@ -105,21 +113,30 @@ def test_weights_changed_on_the_server(address, published, cache):
 
 
 def test_unknown_name(published):
-    with pytest.raises(ValueError, match="did you mean 'mine'"): load_pretrained('mime', root=published)
-    with pytest.raises(ValueError, match='robustbench:DATASET/THREAT/NAME'): load_pretrained('robustbench:cifar10/x')
+    with pytest.raises(ValueError, match="did you mean 'mine'"):
+        load_pretrained('mime', root=published)
+    with pytest.raises(ValueError, match='robustbench:DATASET/THREAT/NAME'):
+        load_pretrained('robustbench:cifar10/x')
 
 
 def test_callers_folder_comes_first(published): assert model_folders(published)[0] == published
 
 
-@pytest.mark.parametrize('name, message', [('', 'plain file name'), ('a/b', 'plain file name'), ('a:b', 'plain file name'), ('cifar10-standard-resnet20', 'a public network is called that')])
+@pytest.mark.parametrize('name, message', [
+    ('', 'plain file name'), ('a/b', 'plain file name'), ('a:b', 'plain file name'),
+    ('cifar10-standard-resnet20', 'a public network is called that')])
 def test_bad_name_to_publish(name, message, published):
-    with pytest.raises(ValueError, match=message): publish_model(published.parent/'run', name, published)
+    with pytest.raises(ValueError, match=message):
+        publish_model(published.parent/'run', name, published)
 
 
 def test_wrong_architecture(tmp_path):
     torch.save(create_model('resnet8', 10).state_dict(), tmp_path/'w.pt')
-    with pytest.raises(CheckpointError, match='does not hold the weights of resnet8 with 100 classes'): load_weights(tmp_path/'w.pt', 'resnet8', 100)
+    with pytest.raises(CheckpointError,
+                       match='does not hold the weights of resnet8 with 100 classes'):
+        load_weights(tmp_path/'w.pt', 'resnet8', 100)
     (tmp_path/'w.pt').write_bytes(b'not weights')
-    with pytest.raises(CheckpointError, match='no file of plain tensors'): load_weights(tmp_path/'w.pt', 'resnet8')
-    with pytest.raises(FileNotFoundError, match='no weights at'): load_weights(tmp_path/'v.pt', 'resnet8')
+    with pytest.raises(CheckpointError, match='no file of plain tensors'):
+        load_weights(tmp_path/'w.pt', 'resnet8')
+    with pytest.raises(FileNotFoundError, match='no weights at'):
+        load_weights(tmp_path/'v.pt', 'resnet8')

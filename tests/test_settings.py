@@ -20,13 +20,15 @@ def test_project():
 
 def test_package_can_be_built_by_what_dev_installs():
     "tests/test_package.py builds it without a network"
-    assert set(pyproject['build-system']['requires']) <= set(pyproject['project']['optional-dependencies']['dev'])
+    assert (set(pyproject['build-system']['requires'])
+            <= set(pyproject['project']['optional-dependencies']['dev']))
 
 
 def test_nbdev():
     config = get_config(root)
     assert config.config_file == root/'pyproject.toml'
-    assert (ini.nbs_path, ini.doc_path, ini.version) == (config.nbs_path.name, config.doc_path.name, config.version)
+    assert (ini.nbs_path, ini.doc_path, ini.version) == (
+        config.nbs_path.name, config.doc_path.name, config.version)
     assert ini.lib_path == config.lib_path.name
     assert ini.tst_flags.split() == list(config.tst_flags)
     assert ini.allowed_cell_metadata_keys.split() == list(config.allowed_cell_metadata_keys)

@@ -1,4 +1,5 @@
-"The pages in a browser: what `python tests/preview.py OUT` makes loads, shows its figures and equations, and fits a phone"
+"""The pages in a browser: what `python tests/preview.py OUT` makes loads,
+shows its figures and equations, and fits a phone"""
 import json
 import re
 import shutil
@@ -9,20 +10,33 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from preview import build
 
-CHROMIUM, DRIVER = shutil.which('chromium') or shutil.which('google-chrome'), shutil.which('chromedriver')
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason='needs chromium and chromedriver on the PATH')
-FLAGS = ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--disable-background-networking', '--disable-component-update', '--disable-sync',
+CHROMIUM, DRIVER = (shutil.which('chromium') or shutil.which('google-chrome'),
+                    shutil.which('chromedriver'))
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason='needs chromium and chromedriver on the PATH')
+FLAGS = ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
+         '--disable-background-networking', '--disable-component-update', '--disable-sync',
          '--no-first-run')
-LOOK = """
-const scrolls = e => e.tagName != 'MAIN' && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement))
-const images = [...document.images], equations = [...document.querySelectorAll('math')]
-return {broken: images.filter(i => !i.complete || i.naturalWidth == 0).map(i => i.src.slice(0, 80)), images: images.length, figures: document.querySelectorAll('figcaption').length,
-        equations: document.querySelectorAll('math[display=block]').length, flat: equations.filter(e => e.getBoundingClientRect().width == 0).length,
-        tex: equations.map(e => e.textContent).filter(t => /\\\\[a-zA-Z]/.test(t)), dangling: [...document.querySelectorAll('a[href^="#"]')].map(a => a.getAttribute('href').slice(1)).filter(id => id && !document.getElementById(decodeURIComponent(id))),
-        unlinked: [...document.querySelectorAll('main p, main li, main td')].map(e => e.textContent).filter(t => /\\]\\([^ )]*ipynb/.test(t)).map(t => t.slice(0, 80)),
-        overflow: document.documentElement.scrollWidth - window.innerWidth,
-        wide: [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1 && !scrolls(e)).map(e => e.tagName + ': ' + e.textContent.slice(0, 60))}
-"""
+LOOK = (
+    "\nconst scrolls = e => e.tagName != 'MAIN' && "
+    "(/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement))\n"
+    "const images = [...document.images], equations = [...document.querySelectorAll('math')]\n"
+    "return {broken: images.filter(i => !i.complete || i.naturalWidth == 0)"
+    ".map(i => i.src.slice(0, 80)), "
+    "images: images.length, figures: document.querySelectorAll('figcaption').length,\n"
+    "        equations: document.querySelectorAll('math[display=block]').length, "
+    "flat: equations.filter(e => e.getBoundingClientRect().width == 0).length,\n"
+    "        tex: equations.map(e => e.textContent).filter(t => /\\\\[a-zA-Z]/.test(t)), "
+    """dangling: [...document.querySelectorAll('a[href^="#"]')]"""
+    ".map(a => a.getAttribute('href').slice(1))"
+    ".filter(id => id && !document.getElementById(decodeURIComponent(id))),\n"
+    "        unlinked: [...document.querySelectorAll('main p, main li, main td')]"
+    ".map(e => e.textContent)"
+    ".filter(t => /\\]\\([^ )]*ipynb/.test(t)).map(t => t.slice(0, 80)),\n"
+    "        overflow: document.documentElement.scrollWidth - window.innerWidth,\n"
+    "        wide: [...document.querySelectorAll('main *')]"
+    ".filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1"
+    " && !scrolls(e)).map(e => e.tagName + ': ' + e.textContent.slice(0, 60))}\n")
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -48,12 +62,19 @@ def looks(prepared, tmp_path_factory):
             for path in sorted(prepared.rglob('*.ipynb')):
                 name = path.relative_to(prepared).with_suffix('')
                 browser.get(f'http://127.0.0.1:{server.server_port}/{name}.html')
-                WebDriverWait(browser, 60).until(lambda b: b.execute_script("return document.readyState == 'complete' && [...document.images].every(i => i.complete)"))
-                found[str(name)] = dict(wide=browser.execute_script(LOOK), title=browser.title, nb=json.loads(path.read_text()))
-                browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=390, height=844, deviceScaleFactor=1, mobile=True))
+                WebDriverWait(browser, 60).until(lambda b: b.execute_script(
+                    "return document.readyState == 'complete' "
+                    "&& [...document.images].every(i => i.complete)"))
+                found[str(name)] = dict(wide=browser.execute_script(LOOK), title=browser.title,
+                                        nb=json.loads(path.read_text()))
+                browser.execute_cdp_cmd(
+                    'Emulation.setDeviceMetricsOverride',
+                    dict(width=390, height=844, deviceScaleFactor=1, mobile=True))
                 found[str(name)]['phone'] = browser.execute_script(LOOK)
                 browser.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
-                found[str(name)]['errors'] = [entry['message'] for entry in browser.get_log('browser') if entry['level'] == 'SEVERE']
+                found[str(name)]['errors'] = [
+                    entry['message'] for entry in browser.get_log('browser')
+                    if entry['level'] == 'SEVERE']
         server.shutdown()
     return broken, found
 
@@ -61,8 +82,11 @@ def looks(prepared, tmp_path_factory):
 def test_links_lead_somewhere(looks):
     broken, found = looks
     assert not broken
-    assert not {name: look['wide']['dangling'] for name, look in found.items() if look['wide']['dangling']}
-    assert not {name: look['wide']['unlinked'] for name, look in found.items() if look['wide']['unlinked']} # a name that nbdev links inside a link
+    assert not {name: look['wide']['dangling'] for name, look in found.items()
+                if look['wide']['dangling']}
+    # a name that nbdev links inside a link
+    assert not {name: look['wide']['unlinked'] for name, look in found.items()
+                if look['wide']['unlinked']}
 
 
 def test_pages_load(looks):
@@ -73,19 +97,25 @@ def test_pages_load(looks):
 
 def test_figures_are_shown(looks):
     for name, look in looks[1].items():
-        pictures = sum('image/png' in o.get('data', {}) for c in look['nb']['cells'] for o in c.get('outputs', []))
-        captions = sum('#| fig-cap' in ''.join(c['source']) for c in look['nb']['cells'] if c['cell_type'] == 'code')
+        pictures = sum('image/png' in o.get('data', {})
+                       for c in look['nb']['cells'] for o in c.get('outputs', []))
+        captions = sum('#| fig-cap' in ''.join(c['source'])
+                       for c in look['nb']['cells'] if c['cell_type'] == 'code')
         assert not look['wide']['broken'], (name, look['wide']['broken'])
         assert look['wide']['images'] >= pictures and look['wide']['figures'] >= captions, name
 
 
 def test_equations_are_shown(looks):
     for name, look in looks[1].items():
-        text = '\n'.join(''.join(c['source']) for c in look['nb']['cells'] if c['cell_type'] == 'markdown')
+        text = '\n'.join(''.join(c['source']) for c in look['nb']['cells']
+                         if c['cell_type'] == 'markdown')
         assert look['wide']['equations'] >= len(re.findall(r'\$\$', text))//2, name
-        assert not look['wide']['tex'] and not look['wide']['flat'], (name, look['wide']['tex'], look['wide']['flat'])
+        assert not look['wide']['tex'] and not look['wide']['flat'], (
+            name, look['wide']['tex'], look['wide']['flat'])
 
 
 def test_pages_fit_a_phone(looks):
     "Nothing reaches beyond the screen but what can be scrolled by itself"
-    for name, look in looks[1].items(): assert look['phone']['overflow'] <= 1 and not look['phone']['wide'], (name, look['phone']['wide'][:3])
+    for name, look in looks[1].items():
+        assert look['phone']['overflow'] <= 1 and not look['phone']['wide'], (
+            name, look['phone']['wide'][:3])

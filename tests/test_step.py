@@ -11,7 +11,10 @@ from torch import nn
 from weat_nb.attacks import _LOSSES
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
-from weat_nb.step import FrozenCopy, SideBySideConv2d, StepConfig, TrainStep, exact_float32, forward_cost, forward_passes, reference_step, side_by_side
+from weat_nb.step import (
+    FrozenCopy, SideBySideConv2d, StepConfig, TrainStep, exact_float32, forward_cost,
+    forward_passes, reference_step, side_by_side,
+)
 from weat_nb.train import TrainConfig
 
 RADII = dict(eps=8/255, step_size=2/255, steps=3)
@@ -20,7 +23,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a C
 
 def images(n=8, dtype=torch.float32, device='cpu'):
     g = torch.Generator().manual_seed(0)
-    return torch.rand(n, 3, 32, 32, generator=g).to(device, dtype), torch.randint(10, (n,), generator=g).to(device)
+    return (torch.rand(n, 3, 32, 32, generator=g).to(device, dtype),
+            torch.randint(10, (n,), generator=g).to(device))
 
 
 def trained(arch, dtype=torch.float32, device='cpu'):
@@ -36,7 +40,8 @@ def test_frozen_copy_shares_nothing_with_the_model():
     with torch.no_grad():
         for p in frozen.model.parameters(): p.zero_()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert model.training and not frozen.model.training and not any(p.requires_grad for p in frozen.model.parameters())
+    assert (model.training and not frozen.model.training
+            and not any(p.requires_grad for p in frozen.model.parameters()))
 
 
 def test_refresh_keeps_the_buffers():
@@ -60,12 +65,14 @@ def test_frozen_copy_is_the_model(arch, fold):
 
 
 def test_a_model_of_ones_own():
-    "No pair is named: only a Sequential's neighbours are folded, and a normalisation whose input is used twice is left alone"
+    """No pair is named: only a Sequential's neighbours are folded, and a normalisation whose input
+    is used twice is left alone"""
     class Skip(nn.Module):
         def __init__(self):
             super().__init__()
             self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
-            self.conv1, self.bn1, self.linear = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Linear(3, 10)
+            self.conv1, self.bn1, self.linear = (
+                nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Linear(3, 10))
 
         def forward(self, x):
             h = self.conv1(self.body(x))
@@ -122,7 +129,10 @@ def one_convolution_twice():
     return nn.Sequential(first, bn(), first, bn()), 0
 
 
-@pytest.mark.parametrize('build', [relu_twice, one_block_twice, one_weight_twice, one_convolution_twice, hooked, lambda: (Doubled(conv(), bn()), 0), lambda: (nn.Sequential(Standardised(3, 3, 3), bn()), 0)])
+@pytest.mark.parametrize('build', [
+    relu_twice, one_block_twice, one_weight_twice, one_convolution_twice, hooked,
+    lambda: (Doubled(conv(), bn()), 0),
+    lambda: (nn.Sequential(Standardised(3, 3, 3), bn()), 0)])
 def test_folding_leaves_any_model_as_it_is(build):
     "What is used twice, hooked or of a class of its own is folded where that changes nothing only"
     torch.manual_seed(0)
@@ -136,17 +146,21 @@ def test_folding_leaves_any_model_as_it_is(build):
         for p in model.parameters(): p.mul_(1.1)
         frozen.refresh()
         assert torch.allclose(frozen(x), model(x), atol=1e-9)
-    assert sum(isinstance(m, nn.Identity) for *_, m in frozen.model.named_modules(remove_duplicate=False)) == folded
+    assert sum(isinstance(m, nn.Identity)
+               for *_, m in frozen.model.named_modules(remove_duplicate=False)) == folded
 
 
 @pytest.mark.parametrize('objective', ['weat_adv', 'sat', 'mart'])
 def test_same_attack_same_loss_same_gradients(objective):
     x, y = images(dtype=torch.float64)
     models = [trained('resnet8', torch.float64) for _ in range(2)]
-    losses = [reference_step(models[0], x, y, objective=objective, **RADII, generator=torch.Generator().manual_seed(1)),
-              TrainStep(models[1], objective, **RADII)(x, y, generator=torch.Generator().manual_seed(1))]
+    losses = [reference_step(models[0], x, y, objective=objective, **RADII,
+                             generator=torch.Generator().manual_seed(1)),
+              TrainStep(models[1], objective, **RADII)(
+                  x, y, generator=torch.Generator().manual_seed(1))]
     assert torch.allclose(*losses, rtol=1e-10)
-    for a, b in zip(*(m.parameters() for m in models)): assert torch.allclose(a.grad, b.grad, atol=1e-9)
+    for a, b in zip(*(m.parameters() for m in models)):
+        assert torch.allclose(a.grad, b.grad, atol=1e-9)
     for a, b in zip(*(m.buffers() for m in models)): assert torch.allclose(a, b, atol=1e-9)
 
 
@@ -161,7 +175,8 @@ def test_the_step_sees_the_weights_of_now():
 
 
 def test_nan_in_the_attack_reaches_the_loss():
-    "The sign of NaN is 0: without care a broken attack would train on the natural images in silence"
+    """The sign of NaN is 0: without care a broken attack would train on the natural images in
+    silence"""
     x, y = images()
     model = trained('resnet8')
     step = TrainStep(model, 'sat', **RADII)
@@ -171,8 +186,10 @@ def test_nan_in_the_attack_reaches_the_loss():
 
 def test_images_out_of_range_are_refused():
     x, y = images()
-    with pytest.raises(ValueError, match='divide by 255'): TrainStep(trained('resnet8'), 'sat', **RADII)(255*x, y)
-    with pytest.raises(ValueError, match='3'): TrainStep(trained('resnet8'), 'sat', **RADII)(x[:, :1], y)
+    with pytest.raises(ValueError, match='divide by 255'):
+        TrainStep(trained('resnet8'), 'sat', **RADII)(255*x, y)
+    with pytest.raises(ValueError, match='3'):
+        TrainStep(trained('resnet8'), 'sat', **RADII)(x[:, :1], y)
 
 
 def test_standard_training_attacks_nothing():
@@ -182,8 +199,10 @@ def test_standard_training_attacks_nothing():
 
 
 def test_cost_of_a_known_network():
-    "1 x 1 convolution of 3 to 4 channels on 8 x 8 pixels, then 4 to 10 on the mean: 2 operations a multiplication"
-    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10, bias=False))
+    """1 x 1 convolution of 3 to 4 channels on 8 x 8 pixels, then 4 to 10 on the mean: 2 operations
+    a multiplication"""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(4, 10, bias=False))
     flop, moved = forward_cost(model, 3, 8)
     assert flop == 2*(3*4*64 + 4*10)
     assert moved == 2*4*(4*64 + 4 + 4 + 10)
@@ -191,7 +210,7 @@ def test_cost_of_a_known_network():
 
 
 class Counted(nn.Module):
-    "A linear model that counts its forward passes, and the gradients of its images as one more each"
+    "A linear model that counts its forward passes, and its images' gradients as one more each"
     def __init__(self):
         super().__init__()
         self.linear, self.passes = nn.Linear(3*32*32, 10), 0
@@ -219,12 +238,14 @@ def test_passes_are_those_of_a_step(method, attack, monkeypatch):
 
 def test_passes_of_an_unknown_attack(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, 'own', replace(OBJECTIVES['sat'], name='own', attack='margin'))
-    with pytest.raises(ValueError, match="objective 'own' attacks by 'margin', whose passes are not known: .* ce, dlr, kl"):
+    with pytest.raises(ValueError, match="objective 'own' attacks by 'margin', "
+                                         "whose passes are not known: .* ce, dlr, kl"):
         forward_passes('own', 10)
 
 
 def test_graph_needs_cuda():
-    with pytest.raises(ValueError, match='needs a CUDA device'): TrainStep(create_model('resnet8', 10), 'sat', **RADII, config=StepConfig(graph=True))
+    with pytest.raises(ValueError, match='needs a CUDA device'):
+        TrainStep(create_model('resnet8', 10), 'sat', **RADII, config=StepConfig(graph=True))
 
 
 @needs_cuda
@@ -232,47 +253,64 @@ def test_graph_needs_cuda():
 def test_graph_equals_eager(objective):
     x, y = images(device='cuda')
     model = trained('resnet8', device='cuda')
-    attacks = [TrainStep(model, objective, **RADII, config=StepConfig(graph=graph)) for graph in (False, True)]
+    attacks = [TrainStep(model, objective, **RADII, config=StepConfig(graph=graph))
+               for graph in (False, True)]
     for seed in (0, 1): # the second replays what the first captured
-        plain, captured = (step.attack(x, y, torch.Generator('cuda').manual_seed(seed)) for step in attacks)
+        plain, captured = (step.attack(x, y, torch.Generator('cuda').manual_seed(seed))
+                           for step in attacks)
         assert torch.allclose(plain, captured, atol=1e-5)
 
 
 def precisions(switch):
-    "What convolutions and products are computed in, before, inside and after; in a process of its own, since some switches cannot be turned back"
-    def now(): return [s.fp32_precision for s in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
+    """What convolutions and products are computed in, before, inside and after; in a process of its
+    own, since some switches cannot be turned back"""
+    def now():
+        return [s.fp32_precision for s in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
     exec(switch)
     before = now()
     with exact_float32(): inside = now()
     return before, inside, now()
 
 
-@pytest.mark.skipif(not hasattr(os, 'fork') or not hasattr(torch.backends.cudnn, 'conv'), reason="needs fork and PyTorch's newer switches")
-@pytest.mark.parametrize('switch', ['pass', 'torch.backends.cudnn.allow_tf32 = False', "torch.set_float32_matmul_precision('medium')", "torch.backends.fp32_precision = 'tf32'", "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
-                                    "torch.backends.cudnn.fp32_precision = 'tf32'", "torch.backends.cuda.matmul.fp32_precision = 'tf32'"])
+@pytest.mark.skipif(not hasattr(os, 'fork') or not hasattr(torch.backends.cudnn, 'conv'),
+                    reason="needs fork and PyTorch's newer switches")
+@pytest.mark.parametrize('switch', [
+    'pass', 'torch.backends.cudnn.allow_tf32 = False',
+    "torch.set_float32_matmul_precision('medium')", "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "torch.backends.cudnn.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'"])
 def test_float32_is_float32_whatever_the_caller_switched(switch):
-    with get_context('fork').Pool(1) as pool: before, inside, after = pool.apply(precisions, (switch,))
+    with get_context('fork').Pool(1) as pool:
+        before, inside, after = pool.apply(precisions, (switch,))
     assert set(inside) <= {'ieee', 'none'} and after == before
 
 
 @pytest.mark.parametrize('objective', ['weat_adv', 'sat'])
 def test_small_maps_side_by_side_change_nothing(objective):
-    "The last stage of a ResNet-18 in float64: attack, loss, gradients and statistics; the model is given back as it was"
+    """The last stage of a ResNet-18 in float64: attack, loss, gradients and statistics; the model
+    is given back as it was"""
     x, y = images(dtype=torch.float64)
     models = [trained('resnet18', torch.float64) for _ in range(2)]
     configs = [StepConfig(channels_last=True, side_by_side=on) for on in (False, True)]
     seen, forward = [], SideBySideConv2d._images
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SideBySideConv2d, '_images', lambda conv, z: seen.append(forward(conv, z)) or seen[-1])
-        losses = [TrainStep(m, objective, **RADII, config=c)(x, y, generator=torch.Generator().manual_seed(1)) for m, c in zip(models, configs)]
+        patch.setattr(SideBySideConv2d, '_images',
+                      lambda conv, z: seen.append(forward(conv, z)) or seen[-1])
+        losses = [TrainStep(m, objective, **RADII, config=c)(
+                      x, y, generator=torch.Generator().manual_seed(1))
+                  for m, c in zip(models, configs)]
     assert set(seen) == {1, 8}
     assert torch.allclose(*losses, rtol=1e-10)
-    for a, b in zip(*(m.parameters() for m in models)): assert torch.allclose(a.grad, b.grad, atol=1e-9)
+    for a, b in zip(*(m.parameters() for m in models)):
+        assert torch.allclose(a.grad, b.grad, atol=1e-9)
     for a, b in zip(*(m.buffers() for m in models)): assert torch.allclose(a, b, atol=1e-9)
     assert not any(isinstance(m, SideBySideConv2d) for m in models[1].modules())
 
 
-@pytest.mark.parametrize('options', [dict(stride=3, padding=1), dict(stride=(1, 2), padding=1), dict(kernel_size=5, padding=2, stride=2), dict(kernel_size=(1, 3), padding=(0, 1))])
+@pytest.mark.parametrize('options', [
+    dict(stride=3, padding=1), dict(stride=(1, 2), padding=1),
+    dict(kernel_size=5, padding=2, stride=2), dict(kernel_size=(1, 3), padding=(0, 1))])
 @pytest.mark.parametrize('size', [(3, 3), (2, 5)])
 def test_any_convolution_of_a_small_map(options, size):
     x = torch.rand(6, 400, *size, dtype=torch.float64).to(memory_format=torch.channels_last)
@@ -283,7 +321,9 @@ def test_any_convolution_of_a_small_map(options, size):
         assert torch.allclose(conv(x), plain, atol=1e-12)
 
 
-@pytest.mark.parametrize('options', [dict(padding='same'), dict(padding=0), dict(padding=2, dilation=2), dict(padding=1, groups=2), dict(padding=1, padding_mode='circular')])
+@pytest.mark.parametrize('options', [
+    dict(padding='same'), dict(padding=0), dict(padding=2, dilation=2), dict(padding=1, groups=2),
+    dict(padding=1, padding_mode='circular')])
 def test_other_convolutions_stay_as_they_are(options):
     x = torch.rand(4, 300, 4, 4).to(memory_format=torch.channels_last)
     conv = nn.Conv2d(300, 4, 3, **options)
@@ -298,10 +338,13 @@ def test_other_convolutions_stay_as_they_are(options):
 def test_first_step_in_bf16_has_the_logits_of_float32():
     "Their gradient is that of the bf16 copy"
     x, y = images()
-    step = TrainStep(trained('resnet8'), 'weat_adv', **RADII, config=StepConfig(channels_last=True, bf16=True))
+    step = TrainStep(trained('resnet8'), 'weat_adv', **RADII,
+                     config=StepConfig(channels_last=True, bf16=True))
     z = x.clone().requires_grad_()
     logits, fast = step._exact_logits(z), step.fast(z)
-    with torch.no_grad(): assert torch.allclose(logits, step.exact(x), atol=1e-6) and not torch.allclose(fast, step.exact(x), atol=1e-3)
+    with torch.no_grad():
+        assert (torch.allclose(logits, step.exact(x), atol=1e-6)
+                and not torch.allclose(fast, step.exact(x), atol=1e-3))
     assert torch.equal(*(torch.autograd.grad(out[:, 0].sum(), z)[0] for out in (logits, fast)))
 
 
@@ -310,9 +353,11 @@ def test_compiled_attack_is_the_attack():
     "And it follows the weights"
     x, y = images()
     model = trained('resnet8', torch.float64)
-    steps = [TrainStep(model, 'weat_adv', **RADII, config=StepConfig(compile=on)) for on in (False, True)]
+    steps = [TrainStep(model, 'weat_adv', **RADII, config=StepConfig(compile=on))
+             for on in (False, True)]
     for _ in range(2):
-        plain, compiled = (step.attack(x.double(), y, torch.Generator().manual_seed(0)) for step in steps)
+        plain, compiled = (step.attack(x.double(), y, torch.Generator().manual_seed(0))
+                           for step in steps)
         assert torch.allclose(plain, compiled, atol=1e-9)
         with torch.no_grad():
             for p in model.parameters(): p.mul_(1.1)
@@ -320,5 +365,8 @@ def test_compiled_attack_is_the_attack():
 
 def test_no_compiler(monkeypatch):
     monkeypatch.setattr(shutil, 'which', lambda name: None)
-    with pytest.raises(ValueError, match='compile=True needs a C.. compiler on a CPU.*install g'): TrainStep(create_model('resnet8', 10), 'sat', **RADII, config=StepConfig(compile=True))
-    with pytest.raises(ValueError, match='compile=True needs'): TrainConfig(compile=True, device='cpu') # before anything is written
+    with pytest.raises(ValueError,
+                       match='compile=True needs a C.. compiler on a CPU.*install g'):
+        TrainStep(create_model('resnet8', 10), 'sat', **RADII, config=StepConfig(compile=True))
+    with pytest.raises(ValueError, match='compile=True needs'):
+        TrainConfig(compile=True, device='cpu') # before anything is written

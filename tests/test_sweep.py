@@ -1,4 +1,5 @@
-"Sweeps: what is run, what is skipped, what is said when a run fails; the same table from local processes and from a real Slurm"
+"""Sweeps: what is run, what is skipped, what is said when a run fails; the same table from local
+processes and from a real Slurm"""
 import csv
 import getpass
 import json
@@ -27,23 +28,29 @@ if kind == 'wrong': raise ValueError('a first line' + chr(10) + 'kind is wrong')
 if kind == 'killed': os._exit(1)
 time.sleep(0 if (folder/'again').exists() else seconds)
 (folder/'metrics.jsonl').write_text(json.dumps(dict(epoch=1, clean=value, pgd=value/3)))"""
-LATER = """import json
+LATER = ("""import json
 from pathlib import Path
 Path(run_dir).mkdir(parents=True, exist_ok=True)
-(Path(run_dir)/'record.json').write_text(json.dumps(dict(model=dict(name='best'), results=[dict(attack='pgd-20', num_images=7, accuracy=len(Path(checkpoint).read_text()))])))"""
+(Path(run_dir)/'record.json').write_text(json.dumps(dict(model=dict(name='best'), """
+"""results=[dict(attack='pgd-20', num_images=7, accuracy=len(Path(checkpoint).read_text()))])))""")
 
 
 def notebook(path, parameters, source):
-    def cell(text, *tags): return dict(cell_type='code', execution_count=None, id=f'c{len(text)}', metadata=dict(tags=list(tags)), outputs=[], source=text)
+    def cell(text, *tags):
+        return dict(cell_type='code', execution_count=None, id=f'c{len(text)}',
+                    metadata=dict(tags=list(tags)), outputs=[], source=text)
     meta = dict(kernelspec=dict(display_name='python3', language='python', name='python3'))
-    path.write_text(json.dumps(dict(cells=[cell(parameters, 'parameters'), cell(source)], metadata=meta, nbformat=4, nbformat_minor=5)))
+    path.write_text(json.dumps(dict(cells=[cell(parameters, 'parameters'), cell(source)],
+                                    metadata=meta, nbformat=4, nbformat_minor=5)))
 
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
     "Writes a grid over two small notebooks; returns a function from its text to the file"
     monkeypatch.chdir(tmp_path)
-    notebook(tmp_path/'toy.ipynb', 'kind: str = "right"\nvalue: int = 0\neps: float = 8/255\nseconds: float = 0.0\ndevice: str = "auto"\nrun_dir: str = None', TOY)
+    notebook(tmp_path/'toy.ipynb',
+             'kind: str = "right"\nvalue: int = 0\neps: float = 8/255\nseconds: float = 0.0\n'
+             'device: str = "auto"\nrun_dir: str = None', TOY)
     notebook(tmp_path/'later.ipynb', 'checkpoint: str = None\nrun_dir: str = None', LATER)
     def write(text, name='grid'):
         (tmp_path/f'{name}.yaml').write_text(f'notebook: toy.ipynb\n{text}\n')
@@ -52,18 +59,31 @@ def sweep(tmp_path, monkeypatch):
 
 
 def table(name='grid'):
-    with open(f'runs/{name}/summary.csv', encoding='utf-8') as file: return list(csv.DictReader(file))
+    with open(f'runs/{name}/summary.csv', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize('text, message', [
-    ('grid: {value: [1]}\nvalues: {}', "no key 'values'"), ('grid: {}', 'is empty'), ('grid: []\nparameters: 3', 'must be a mapping'), ('grid: {valeu: [1]}', "did you mean 'value'"),
-    ('grid: {value: 1}', 'must be a list'), ('grid: {value: [1, 1]}', 'lists 1 twice'), ('grid: {value: [x]}', "value = 'x' is not allowed"), ('grid: {value: [1.5]}', 'a whole number'),
-    ('grid: {value: [1]}\nparameters: {value: 1}', 'value is there twice'), ('grid: {value: [0, 1]}\nparameters: {value: 1, value: 2}', 'line 3.*twice'), ('grid: {run_dir: [a]}', 'run_dir is not allowed'),
-    ('grid: [{value: [0]}, {kind: [right]}]', 'one run twice'), ('grid: {value: [1]}\nthen: {notebook: none.ipynb}', 'there is no notebook'), ('grid: {value: [1]}\nthen: {notebok: later.ipynb}', "did you mean 'notebook'"),
-    ('grid: {value: [1]}\nthen: {notebook: later.ipynb, parameters: {checkpont: a}}', "did you mean 'checkpoint'"), ('grid: {value: [1]}\nthen: {notebook: toy.ipynb}', 'would overwrite'), ('grid: {value: [1', 'is not YAML'),
+    ('grid: {value: [1]}\nvalues: {}', "no key 'values'"), ('grid: {}', 'is empty'),
+    ('grid: []\nparameters: 3', 'must be a mapping'),
+    ('grid: {valeu: [1]}', "did you mean 'value'"),
+    ('grid: {value: 1}', 'must be a list'), ('grid: {value: [1, 1]}', 'lists 1 twice'),
+    ('grid: {value: [x]}', "value = 'x' is not allowed"),
+    ('grid: {value: [1.5]}', 'a whole number'),
+    ('grid: {value: [1]}\nparameters: {value: 1}', 'value is there twice'),
+    ('grid: {value: [0, 1]}\nparameters: {value: 1, value: 2}', 'line 3.*twice'),
+    ('grid: {run_dir: [a]}', 'run_dir is not allowed'),
+    ('grid: [{value: [0]}, {kind: [right]}]', 'one run twice'),
+    ('grid: {value: [1]}\nthen: {notebook: none.ipynb}', 'there is no notebook'),
+    ('grid: {value: [1]}\nthen: {notebok: later.ipynb}', "did you mean 'notebook'"),
+    ('grid: {value: [1]}\nthen: {notebook: later.ipynb, parameters: {checkpont: a}}',
+     "did you mean 'checkpoint'"),
+    ('grid: {value: [1]}\nthen: {notebook: toy.ipynb}', 'would overwrite'),
+    ('grid: {value: [1', 'is not YAML'),
 ], ids=lambda v: v[:40])
 def test_a_wrong_file_is_one_error_before_anything_runs(text, message, sweep, capsys, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError), match='(?s)' + message): read_grid(sweep(text))
+    with pytest.raises((ValueError, FileNotFoundError), match='(?s)' + message):
+        read_grid(sweep(text))
     assert main([sweep(text)]) == 2
     error = capsys.readouterr().err
     assert error.startswith('weat-sweep: ') and 'Traceback' not in error
@@ -72,7 +92,9 @@ def test_a_wrong_file_is_one_error_before_anything_runs(text, message, sweep, ca
 
 def test_wrong_commands(sweep, capsys):
     good = sweep('grid: {value: [1]}')
-    for arguments, message in [(['none.yaml'], 'there is no file'), ([good, '--jobs', '0'], 'at least 1'), ([good, '--slurm', 'gpu'], 'KEY=VALUE')]:
+    for arguments, message in [
+            (['none.yaml'], 'there is no file'), ([good, '--jobs', '0'], 'at least 1'),
+            ([good, '--slurm', 'gpu'], 'KEY=VALUE')]:
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
     assert not Path('runs').exists()
@@ -81,23 +103,32 @@ def test_wrong_commands(sweep, capsys):
 def test_a_run_is_what_it_computes(sweep):
     def folders(text): return [run.folder for run in read_grid(sweep(text)).runs]
     plain, = folders('grid: {value: [1]}')
-    plain.mkdir(parents=True) # a folder that is there is found by its digest, whatever the grid varies
-    for text in ('grid: {value: [1], kind: [right]}', 'parameters: {value: 1}\ngrid: {kind: [right]}', 'grid: {value: [1], device: [cpu]}', 'grid: {value: [1], eps: [8/255]}'): assert folders(text) == [plain]
+    # a folder that is there is found by its digest, whatever the grid varies
+    plain.mkdir(parents=True)
+    for text in ('grid: {value: [1], kind: [right]}',
+                 'parameters: {value: 1}\ngrid: {kind: [right]}',
+                 'grid: {value: [1], device: [cpu]}', 'grid: {value: [1], eps: [8/255]}'):
+        assert folders(text) == [plain]
     assert folders('grid: {value: [0, 1]}')[1] == plain
     assert plain not in folders('grid: [{value: [2]}, {value: [1], eps: [0.1]}]')
 
 
 def test_failures_are_reported_and_finished_runs_skipped(sweep, capsys):
     grid = sweep('grid: {kind: [right, wrong, killed]}\nparameters: {value: 3}')
-    assert main([grid, '--dry-run']) == 0 and capsys.readouterr().out.count('to run') == 3 and not Path('runs').exists()
+    assert (main([grid, '--dry-run']) == 0 and capsys.readouterr().out.count('to run') == 3
+            and not Path('runs').exists())
     assert main([grid, '--jobs', '3']) == 1
     said = capsys.readouterr()
     runs = read_grid(grid).runs
     right, wrong, killed = (run.folder for run in runs)
-    assert f'failed: {wrong.name}\n  {wrong}/toy.ipynb\n  kind is wrong\n' in said.err # the last line of the error
-    assert f'failed: {killed.name}\n  {killed}/log.txt\n' in said.err and 'DeadKernelError' in said.err
+    # the last line of the error
+    assert f'failed: {wrong.name}\n  {wrong}/toy.ipynb\n  kind is wrong\n' in said.err
+    assert (f'failed: {killed.name}\n  {killed}/log.txt\n' in said.err
+            and 'DeadKernelError' in said.err)
     assert right.name not in said.err
-    assert [(row['kind'], row['value'], row['state'], row['held-out clean (%)']) for row in table()] == [('right', '3', 'finished', '3'), ('wrong', '3', 'failed', ''), ('killed', '3', 'not finished', '')]
+    assert [(row['kind'], row['value'], row['state'], row['held-out clean (%)'])
+            for row in table()] == [('right', '3', 'finished', '3'), ('wrong', '3', 'failed', ''),
+                                    ('killed', '3', 'not finished', '')]
     assert '| finished |' in said.out # the table is shown
     before = {f: (f/'toy.ipynb').stat().st_mtime_ns for f in (right, wrong, killed)}
     assert main([sweep('grid: {kind: [right], value: [3, 6]}')]) == 0
@@ -109,25 +140,36 @@ def test_failures_are_reported_and_finished_runs_skipped(sweep, capsys):
 def test_the_row_of_a_run_is_the_epoch_it_keeps(objective, epoch, tmp_path):
     (tmp_path/'train').mkdir()
     (tmp_path/'train/config.json').write_text(json.dumps(dict(objective=objective)))
-    (tmp_path/'train/metrics.jsonl').write_text('{"epoch": 1, "clean": 50, "pgd": 5}\n{"epoch": 2, "clean": 60, "pgd": 1}\n')
+    (tmp_path/'train/metrics.jsonl').write_text('{"epoch": 1, "clean": 50, "pgd": 5}\n'
+                                                '{"epoch": 2, "clean": 60, "pgd": 1}\n')
     assert scores(tmp_path)['selected epoch'] == epoch
 
 
 def test_a_second_notebook_and_pages(sweep, tmp_path, capsys):
-    for name, source in (('page', "import csv\nlen(list(csv.reader(open('runs/grid/summary.csv'))))"), ('broken', "raise ValueError('no records')")): notebook(tmp_path/f'{name}.ipynb', 'n: int = 1', source)
+    for name, source in (
+            ('page', "import csv\nlen(list(csv.reader(open('runs/grid/summary.csv'))))"),
+            ('broken', "raise ValueError('no records')")):
+        notebook(tmp_path/f'{name}.ipynb', 'n: int = 1', source)
     before, broken = (tmp_path/'page.ipynb').read_text(), (tmp_path/'broken.ipynb').read_text()
     assert main([sweep('grid: {value: [3]}')]) == 0
     first = sorted(p.stat().st_mtime_ns for p in Path('runs/grid').glob('*/toy.ipynb'))
-    then = 'grid: {value: [3]}\nthen: {notebook: later.ipynb, parameters: {checkpoint: "{run_dir}/pid"}}\nrecords: records\npages: [page.ipynb, broken.ipynb]'
+    then = ('grid: {value: [3]}\n'
+            'then: {notebook: later.ipynb, parameters: {checkpoint: "{run_dir}/pid"}}\n'
+            'records: records\npages: [page.ipynb, broken.ipynb]')
     (tmp_path/'records').mkdir()
     assert main([sweep(then)]) == 1 # for the page that does not run
-    assert sorted(p.stat().st_mtime_ns for p in Path('runs/grid').glob('*/toy.ipynb')) == first # what was through stays so
-    assert [set(scores(run.folder)) for run in read_grid(sweep(then)).runs] == [{'selected epoch', 'held-out clean (%)', 'held-out PGD-20 (%)', 'pgd-20 (%), 7 images'}]
+    # what was through stays so
+    assert sorted(p.stat().st_mtime_ns for p in Path('runs/grid').glob('*/toy.ipynb')) == first
+    assert [set(scores(run.folder)) for run in read_grid(sweep(then)).runs] == [
+        {'selected epoch', 'held-out clean (%)', 'held-out PGD-20 (%)', 'pgd-20 (%), 7 images'}]
     record, = (tmp_path/'records').glob('value3-*.json')
-    assert json.loads(record.read_text())['results'][0]['num_images'] == 7 and json.loads(record.read_text())['model']['name'] == record.stem
+    assert (json.loads(record.read_text())['results'][0]['num_images'] == 7
+            and json.loads(record.read_text())['model']['name'] == record.stem)
     page = json.loads((tmp_path/'page.ipynb').read_text())
-    assert ''.join(page['cells'][1]['outputs'][0]['data']['text/plain']) == '2' and (tmp_path/'page.ipynb').read_text() != before
-    assert (tmp_path/'broken.ipynb').read_text() == broken and 'no records' in capsys.readouterr().err
+    assert (''.join(page['cells'][1]['outputs'][0]['data']['text/plain']) == '2'
+            and (tmp_path/'page.ipynb').read_text() != before)
+    assert ((tmp_path/'broken.ipynb').read_text() == broken
+            and 'no records' in capsys.readouterr().err)
 
 
 def alive(pid):
@@ -144,7 +186,9 @@ def wait_for(condition, seconds=180, what='what the test waits for'):
 
 
 def start(*arguments):
-    return subprocess.Popen([sys.executable, '-c', 'import sys; from weat_nb.sweep import main; sys.exit(main())', *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, '-c', 'import sys; from weat_nb.sweep import main; sys.exit(main())',
+         *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks for processes in /proc')
@@ -157,14 +201,18 @@ def test_a_stopped_sweep_leaves_no_process_and_goes_on(sweep):
     pids = [int(p.read_text()) for p in Path('runs').glob('*/*/*/pid')]
     wait_for(lambda: not any(alive(p) for p in pids), 10, 'the end of the kernels')
     assert [row['state'] for row in table()] == ['not finished']*2
-    for run in read_grid(grid).runs: (run.stages[0].run_dir(run.folder)).mkdir(parents=True, exist_ok=True), (run.stages[0].run_dir(run.folder)/'again').touch()
+    for run in read_grid(grid).runs:
+        ((run.stages[0].run_dir(run.folder)).mkdir(parents=True, exist_ok=True),
+         (run.stages[0].run_dir(run.folder)/'again').touch())
     assert main([grid, '--jobs', '2']) == 0 and [row['state'] for row in table()] == ['finished']*2
 
 
 def test_shares_of_the_machine(monkeypatch):
-    for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'CUDA_VISIBLE_DEVICES'): monkeypatch.delenv(name, raising=False)
+    for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'CUDA_VISIBLE_DEVICES'):
+        monkeypatch.delenv(name, raising=False)
     assert share(0, 4, 16)['OMP_NUM_THREADS'] == '4' and share(0, 4, 2)['OMP_NUM_THREADS'] == '1'
-    assert [share(slot, 4, 16, ['0', '2'])['CUDA_VISIBLE_DEVICES'] for slot in range(4)] == ['0', '2', '0', '2']
+    assert [share(slot, 4, 16, ['0', '2'])['CUDA_VISIBLE_DEVICES'] for slot in range(4)] == [
+        '0', '2', '0', '2']
     assert 'CUDA_VISIBLE_DEVICES' not in share(0, 1, 16, ['0', '2']) # a run alone may use all
     monkeypatch.setenv('OMP_NUM_THREADS', '3')
     assert share(0, 4, 16)['OMP_NUM_THREADS'] == '3'
@@ -175,11 +223,16 @@ def daemon(name): return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbi
 
 @pytest.fixture(scope='module')
 def slurm():
-    "A Slurm of one node on this machine: munged, slurmctld and slurmd with a configuration of their own in a temporary folder"
-    missing = [n for n in ('munged', 'slurmctld', 'slurmd', 'sbatch', 'squeue', 'srun') if not daemon(n)]
-    if missing: pytest.skip(f'needs a Slurm on this machine (apt-get install slurm-wlm munge): there is no {", ".join(missing)}')
+    """A Slurm of one node on this machine: munged, slurmctld and slurmd with a configuration of
+    their own in a temporary folder"""
+    missing = [n for n in ('munged', 'slurmctld', 'slurmd', 'sbatch', 'squeue', 'srun')
+               if not daemon(n)]
+    if missing:
+        pytest.skip('needs a Slurm on this machine (apt-get install slurm-wlm munge): '
+                    f'there is no {", ".join(missing)}')
     pytest.importorskip('submitit')
-    folder, host, user, ports = Path(tempfile.mkdtemp(prefix='slurm')), socket.gethostname().split('.')[0], getpass.getuser(), []
+    folder, host, user, ports = (Path(tempfile.mkdtemp(prefix='slurm')),
+                                 socket.gethostname().split('.')[0], getpass.getuser(), [])
     for _ in range(2):
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
@@ -187,29 +240,47 @@ def slurm():
     (folder/'key').write_bytes(os.urandom(1024))
     (folder/'key').chmod(0o400)
     for name in ('state', 'spool'): (folder/name).mkdir()
-    settings = dict(ClusterName='test', SlurmctldHost=f'{host}(127.0.0.1)', SlurmctldPort=ports[0], SlurmdPort=ports[1], SlurmUser=user, SlurmdUser=user, AuthType='auth/munge', AuthInfo=f'socket={folder}/socket',
-                    StateSaveLocation=folder/'state', SlurmdSpoolDir=folder/'spool', SlurmctldPidFile=folder/'slurmctld.pid', SlurmdPidFile=folder/'slurmd.pid', ProctrackType='proctrack/pgid',
-                    TaskPlugin='task/none', JobAcctGatherType='jobacct_gather/none', AccountingStorageType='accounting_storage/none', MpiDefault='none', SelectType='select/cons_tres', SelectTypeParameters='CR_Core',
-                    SchedulerParameters='sched_min_interval=100000', KillWait=5, JobRequeue=1)
-    nodes = [f'NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN', f'PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP']
-    (folder/'slurm.conf').write_text('\n'.join([*(f'{k}={v}' for k, v in settings.items()), *nodes]) + '\n')
-    version = subprocess.run([daemon('slurmd'), '-V'], capture_output=True, text=True).stdout.split()[-1]
-    if version >= '23.11': (folder/'cgroup.conf').write_text('CgroupPlugin=disabled\n') # a container has no cgroups to manage
+    settings = dict(
+        ClusterName='test', SlurmctldHost=f'{host}(127.0.0.1)', SlurmctldPort=ports[0],
+        SlurmdPort=ports[1], SlurmUser=user, SlurmdUser=user, AuthType='auth/munge',
+        AuthInfo=f'socket={folder}/socket', StateSaveLocation=folder/'state',
+        SlurmdSpoolDir=folder/'spool', SlurmctldPidFile=folder/'slurmctld.pid',
+        SlurmdPidFile=folder/'slurmd.pid', ProctrackType='proctrack/pgid', TaskPlugin='task/none',
+        JobAcctGatherType='jobacct_gather/none', AccountingStorageType='accounting_storage/none',
+        MpiDefault='none', SelectType='select/cons_tres', SelectTypeParameters='CR_Core',
+        SchedulerParameters='sched_min_interval=100000', KillWait=5, JobRequeue=1)
+    nodes = [f'NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN',
+             f'PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP']
+    (folder/'slurm.conf').write_text(
+        '\n'.join([*(f'{k}={v}' for k, v in settings.items()), *nodes]) + '\n')
+    version = subprocess.run([daemon('slurmd'), '-V'], capture_output=True,
+                             text=True).stdout.split()[-1]
+    if version >= '23.11': # a container has no cgroups to manage
+        (folder/'cgroup.conf').write_text('CgroupPlugin=disabled\n')
     log, processes, before = open(folder/'log', 'w'), [], os.environ.get('SLURM_CONF')
     os.environ['SLURM_CONF'] = str(folder/'slurm.conf')
     try:
-        for command in ([daemon('munged'), '--foreground', '--force', '--socket', f'{folder}/socket', '--key-file', f'{folder}/key', '--log-file', f'{folder}/munge.log', '--pid-file', f'{folder}/munge.pid', '--seed-file', f'{folder}/seed'],
-                        [daemon('slurmctld'), '-D'], [daemon('slurmd'), '-D']):
+        for command in (
+                [daemon('munged'), '--foreground', '--force', '--socket', f'{folder}/socket',
+                 '--key-file', f'{folder}/key', '--log-file', f'{folder}/munge.log',
+                 '--pid-file', f'{folder}/munge.pid', '--seed-file', f'{folder}/seed'],
+                [daemon('slurmctld'), '-D'], [daemon('slurmd'), '-D']):
             processes.append(subprocess.Popen(command, stdout=log, stderr=log))
             if len(processes) == 1: wait_for((folder/'socket').exists, 10, 'munged')
-        def idle(): return 'idle' in subprocess.run(['sinfo', '-h', '-o', '%T'], capture_output=True, text=True).stdout
+        def idle():
+            return 'idle' in subprocess.run(['sinfo', '-h', '-o', '%T'], capture_output=True,
+                                            text=True).stdout
         try: wait_for(idle, 30, 'an idle node')
-        except AssertionError: pytest.fail(f'Slurm {version} is installed but does not start:\n' + (folder/'log').read_text()[-3000:])
+        except AssertionError:
+            pytest.fail(f'Slurm {version} is installed but does not start:\n'
+                        + (folder/'log').read_text()[-3000:])
         yield folder
     finally:
         subprocess.run(['scancel', '-u', user], capture_output=True)
         deadline = time.monotonic() + 60 # the daemons leave orphans if they go before the jobs
-        while subprocess.run(['squeue', '-h'], capture_output=True, text=True).stdout and time.monotonic() < deadline: time.sleep(.2)
+        while (subprocess.run(['squeue', '-h'], capture_output=True, text=True).stdout
+               and time.monotonic() < deadline):
+            time.sleep(.2)
         for p in reversed(processes):
             p.terminate()
             try: p.wait(20)
@@ -238,23 +309,32 @@ def test_slurm_reports_and_skips(slurm, quick, sweep, capsys):
 def test_slurm_stops(slurm, sweep):
     grid = sweep('grid: {value: [3, 6]}\nparameters: {seconds: 600}')
     process = start(grid, '--slurm', '--jobs', '1')
-    pid = int(wait_for(lambda: [p.read_text() for p in Path('runs').glob('*/*/*/pid')], what='a kernel')[0])
-    assert len(subprocess.run(['squeue', '-h', '-r', '-t', 'R'], capture_output=True, text=True).stdout.splitlines()) == 1 # --jobs 1
+    pid = int(wait_for(lambda: [p.read_text() for p in Path('runs').glob('*/*/*/pid')],
+                       what='a kernel')[0])
+    assert len(subprocess.run(['squeue', '-h', '-r', '-t', 'R'], capture_output=True,
+                              text=True).stdout.splitlines()) == 1 # --jobs 1
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
-    wait_for(lambda: not alive(pid) and not subprocess.run(['squeue', '-h'], capture_output=True, text=True).stdout, 30, 'an empty queue')
+    wait_for(lambda: not alive(pid) and not subprocess.run(
+        ['squeue', '-h'], capture_output=True, text=True).stdout, 30, 'an empty queue')
 
 
 def test_slurm_and_local_give_the_same_table(slurm, quick, tmp_path, monkeypatch):
     "Two trainings, with either"
     for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): monkeypatch.setenv(name, '1')
     notebook(tmp_path/'train.ipynb', 'objective: str = "sat"\nrun_dir: str = None',
-             "from weat_nb.train import TrainConfig, fit\nfit(TrainConfig(objective=objective, epochs=1, num_train=64, num_val=8, batch_size=32, attack_steps=1, device='cpu'), run_dir)")
-    (tmp_path/'grid.yaml').write_text('notebook: train.ipynb\ngrid: {objective: [standard, weat_adv]}\n')
-    for way, options in (('local', ['--jobs', '2']), ('slurm', ['--slurm', 'cpus_per_task=1', 'time=10'])): assert main([str(tmp_path/'grid.yaml'), '--out', str(tmp_path/way), *options]) == 0
+             'from weat_nb.train import TrainConfig, fit\n'
+             'fit(TrainConfig(objective=objective, epochs=1, num_train=64, num_val=8, '
+             "batch_size=32, attack_steps=1, device='cpu'), run_dir)")
+    (tmp_path/'grid.yaml').write_text('notebook: train.ipynb\n'
+                                      'grid: {objective: [standard, weat_adv]}\n')
+    for way, options in (('local', ['--jobs', '2']),
+                         ('slurm', ['--slurm', 'cpus_per_task=1', 'time=10'])):
+        assert main([str(tmp_path/'grid.yaml'), '--out', str(tmp_path/way), *options]) == 0
     tables = [(tmp_path/way/'summary.csv').read_text() for way in ('local', 'slurm')]
     assert tables[0] == tables[1] and tables[0].count('finished') == 2
-    lines = [sorted(p.read_text() for p in (tmp_path/way).glob('*/*/metrics.jsonl')) for way in ('local', 'slurm')]
+    lines = [sorted(p.read_text() for p in (tmp_path/way).glob('*/*/metrics.jsonl'))
+             for way in ('local', 'slurm')]
     assert lines[0] == lines[1] and len(set(lines[0])) == 2 # to the last digit
     runs = read_grid(tmp_path/'grid.yaml', tmp_path/'slurm').runs
     assert {row['selected epoch'] for row in summarise_sweep(runs)} == {1}

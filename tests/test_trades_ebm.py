@@ -1,4 +1,5 @@
-"""Proposition 1 and Corollary 1 against 60-digit arithmetic, and what the chapter's examples leave open."""
+"""Proposition 1 and Corollary 1 against 60-digit arithmetic,
+and what the chapter's examples leave open."""
 
 import math
 
@@ -22,7 +23,8 @@ def exact_trades(z, z_adv, y, beta):
     with mpmath.workdps(60):
         e, e_adv = ([mpmath.exp(v) for v in row] for row in (z, z_adv))
         p, p_adv = ([v / sum(r) for v in r] for r in (e, e_adv))
-        return float(-mpmath.log(p[y]) + beta * sum(a * mpmath.log(a / b) for a, b in zip(p, p_adv)))
+        return float(-mpmath.log(p[y])
+                     + beta * sum(a * mpmath.log(a / b) for a, b in zip(p, p_adv)))
 
 
 @pytest.mark.parametrize("beta", [0, 0.5, 1, 6, 7.0])
@@ -55,7 +57,8 @@ def test_divergence_is_not_symmetric():
     z, z_adv, _ = pair()
     there, back = sum(kl_energy_terms(z, z_adv)), sum(kl_energy_terms(z_adv, z))
     assert ((there - back).abs() > 1e-3).any()
-    want = F.kl_div(z_adv.log_softmax(1), z.log_softmax(1), log_target=True, reduction="none").sum(1)
+    want = F.kl_div(
+        z_adv.log_softmax(1), z.log_softmax(1), log_target=True, reduction="none").sum(1)
     torch.testing.assert_close(there, want, rtol=0, atol=1e-12)
 
 
@@ -73,7 +76,8 @@ def test_half_precision_is_summed_in_float32(dtype):
     z, z_adv, y = pair(K=1000, dtype=dtype)
     loss = trades_energy(z, z_adv, y, 6)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, trades_energy(z.double(), z_adv.double(), y, 6).float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        loss, trades_energy(z.double(), z_adv.double(), y, 6).float(), rtol=1e-5, atol=1e-4)
 
 
 def test_the_wider_of_two_types_wins():

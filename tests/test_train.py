@@ -20,7 +20,8 @@ from weat_nb.models import create_model
 from weat_nb.train import NonFiniteError, TrainConfig, fit, training_data
 
 TINY = dict(num_train=64, num_val=4, attack_steps=1, batch_size=32, device='cpu')
-LONGER = dict(num_train=128, num_val=20, attack_steps=2, batch_size=64, device='cpu') # epochs that can be met in their middle, batches whose halves say nearly the same
+# epochs that can be met in their middle, batches whose halves say nearly the same
+LONGER = dict(num_train=128, num_val=20, attack_steps=2, batch_size=64, device='cpu')
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,8 @@ def one_thread():
 @pytest.mark.parametrize('objective', OBJECTIVES)
 def test_every_objective_trains(objective, tmp_path):
     result = fit(TrainConfig(objective=objective, epochs=1, **TINY), tmp_path/'run')
-    assert {'state.safetensors', 'best.safetensors', 'last.safetensors', 'config.json', 'metrics.jsonl', 'timing.jsonl'} <= {p.name for p in (tmp_path/'run').iterdir()}
+    assert {'state.safetensors', 'best.safetensors', 'last.safetensors', 'config.json',
+            'metrics.jsonl', 'timing.jsonl'} <= {p.name for p in (tmp_path/'run').iterdir()}
     assert np.isfinite(list(result.history[0].values())).all()
 
 
@@ -44,12 +46,14 @@ def test_the_metric_that_selects(objective, selected, tmp_path, monkeypatch):
     "PGD accuracy; without an attack in training clean accuracy"
     measured = iter([dict(clean=50., pgd=5.), dict(clean=60., pgd=1.)])
     monkeypatch.setattr(train, 'summarise', lambda found: next(measured))
-    assert fit(TrainConfig(objective=objective, epochs=2, **TINY), tmp_path/'run').best_epoch == selected
+    assert fit(TrainConfig(objective=objective, epochs=2, **TINY),
+               tmp_path/'run').best_epoch == selected
     assert load_checkpoint(tmp_path/'run/best.safetensors')[1]['epoch'] == selected
 
 
 def test_same_seed_same_weights(tmp_path):
-    runs = [fit(TrainConfig(epochs=1, seed=seed, **TINY), tmp_path/str(i)) for i, seed in enumerate((3, 3, 4))]
+    runs = [fit(TrainConfig(epochs=1, seed=seed, **TINY), tmp_path/str(i))
+            for i, seed in enumerate((3, 3, 4))]
     same, again, other = [torch.cat([p.flatten() for p in r.model.parameters()]) for r in runs]
     assert torch.equal(same, again) and not torch.equal(same, other)
     assert (tmp_path/'0/metrics.jsonl').read_bytes() == (tmp_path/'1/metrics.jsonl').read_bytes()
@@ -60,13 +64,14 @@ def test_a_compiler_is_used_and_makes_no_other_run(tmp_path, monkeypatch):
     seen, config = [], dict(epochs=1, **TINY)
     monkeypatch.setattr(torch, 'compile', lambda m: seen.append(m) or m)
     monkeypatch.setattr(shutil, 'which', lambda name: name)
-    plain, compiled = (fit(TrainConfig(compile=on, **config), tmp_path/str(on)) for on in (False, True))
+    plain, compiled = (fit(TrainConfig(compile=on, **config), tmp_path/str(on))
+                       for on in (False, True))
     assert len(seen) == 1 and plain.history == compiled.history
     assert fit(TrainConfig(compile=False, **config), tmp_path/'True').taken_up == 1
 
 
 def test_a_restored_momentum_lies_as_its_weights(tmp_path):
-    "A fused optimiser refuses a momentum in another memory layout than its weights, or mixes up its entries"
+    "A fused optimiser refuses a momentum laid out unlike its weights, or mixes up its entries"
     def begin():
         model = create_model('resnet8', 10, 1, 28, seed=0).to(memory_format=torch.channels_last)
         return model, torch.optim.SGD(model.parameters(), lr=.1, momentum=.9)
@@ -78,19 +83,27 @@ def test_a_restored_momentum_lies_as_its_weights(tmp_path):
     train._restore(tmp_path, again, restored)
     for p, q in zip(model.parameters(), again.parameters()):
         momentum = restored.state[q]['momentum_buffer']
-        assert momentum.stride() == q.stride() == p.stride() and torch.equal(momentum, optimizer.state[p]['momentum_buffer']) and not momentum.requires_grad
+        assert (momentum.stride() == q.stride() == p.stride()
+                and torch.equal(momentum, optimizer.state[p]['momentum_buffer'])
+                and not momentum.requires_grad)
 
 
-@pytest.mark.parametrize('protocol, num_train', [('paper', 128), ('released', 80)]) # the second of 16
+@pytest.mark.parametrize('protocol, num_train', [
+    ('paper', 128), ('released', 80)]) # the second of 16
 def test_two_processes_train_as_one(protocol, num_train, tmp_path):
-    "Synchronised batch normalisation and shares of one batch: the same run up to rounding, which training amplifies"
+    """Synchronised batch normalisation and shares of one batch: the same run up to rounding, which
+    training amplifies"""
     config = TrainConfig(epochs=1, protocol=protocol, **{**LONGER, 'num_train': num_train})
-    one, two = [fit(config, tmp_path/name, num_processes=n, snapshots=[0, 1], snapshot_images=10) for name, n in (('one', 1), ('two', 2))]
+    one, two = [fit(config, tmp_path/name, num_processes=n, snapshots=[0, 1], snapshot_images=10)
+                for name, n in (('one', 1), ('two', 2))]
     assert one.history[0]['loss'] == pytest.approx(two.history[0]['loss'], rel=1e-4)
-    assert one.history[0]['energy_nat_mean'] == pytest.approx(two.history[0]['energy_nat_mean'], abs=1e-2)
+    assert one.history[0]['energy_nat_mean'] == pytest.approx(
+        two.history[0]['energy_nat_mean'], abs=1e-2)
     assert one.history[0]['updates'] == two.history[0]['updates'] == 2
-    assert {p.relative_to(tmp_path/'one') for p in (tmp_path/'one').rglob('*')} == {p.relative_to(tmp_path/'two') for p in (tmp_path/'two').rglob('*')}
-    with pytest.raises(ValueError, match='batch_size = 64 cannot be shared equally by 3 processes'): fit(config, tmp_path/'three', num_processes=3)
+    assert ({p.relative_to(tmp_path/'one') for p in (tmp_path/'one').rglob('*')}
+            == {p.relative_to(tmp_path/'two') for p in (tmp_path/'two').rglob('*')})
+    with pytest.raises(ValueError, match='batch_size = 64 cannot be shared equally by 3 processes'):
+        fit(config, tmp_path/'three', num_processes=3)
 
 
 def children(pid):
@@ -106,13 +119,18 @@ def children(pid):
 @pytest.mark.skipif(not Path('/proc').exists(), reason='looks for processes in /proc')
 def test_a_killed_worker_does_not_lose_the_run(tmp_path):
     given = dict(epochs=3, **LONGER)
-    script = f"from weat_nb.train import TrainConfig, fit; fit(TrainConfig(**{given!r}), {str(tmp_path/'run')!r}, num_processes=2)"
-    with open(tmp_path/'said', 'w') as said: process = subprocess.Popen([sys.executable, '-c', script], env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL, stderr=said)
+    script = ("from weat_nb.train import TrainConfig, fit; "
+              f"fit(TrainConfig(**{given!r}), {str(tmp_path/'run')!r}, num_processes=2)")
+    with open(tmp_path/'said', 'w') as said:
+        process = subprocess.Popen([sys.executable, '-c', script],
+                                   env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                                   stdout=subprocess.DEVNULL, stderr=said)
     deadline = time.monotonic() + 120
     while len(train.read_lines(tmp_path/'run/metrics.jsonl')) < 1:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(.05)
-    workers = [p for p in children(process.pid) if b'spawn_main' in Path(f'/proc/{p}/cmdline').read_bytes()]
+    workers = [p for p in children(process.pid)
+               if b'spawn_main' in Path(f'/proc/{p}/cmdline').read_bytes()]
     os.kill(workers[-1], signal.SIGKILL)
     assert process.wait(timeout=200) == 0
     assert 'a process was lost; all 2 start again' in (tmp_path/'said').read_text()
@@ -130,40 +148,54 @@ def test_stopped_between_state_and_metrics(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt): fit(config, tmp_path/'run')
     assert not (tmp_path/'run/metrics.jsonl').exists()
     assert fit(config, tmp_path/'run').history == whole.history
-    assert (tmp_path/'run/metrics.jsonl').read_bytes() == (tmp_path/'whole/metrics.jsonl').read_bytes()
+    assert ((tmp_path/'run/metrics.jsonl').read_bytes()
+            == (tmp_path/'whole/metrics.jsonl').read_bytes())
 
 
 def test_snapshots(tmp_path, monkeypatch):
-    "They change nothing, a run stopped between snapshot and state has the same ones as one that was not, byte for byte, and what can no longer be taken is refused"
+    """They change nothing, a run stopped between snapshot and state has the same ones as one that
+    was not, byte for byte, and what can no longer be taken is refused"""
     config, epochs = TrainConfig(epochs=2, **TINY), (0, 1, 2)
-    plain, whole = fit(config, tmp_path/'plain'), fit(config, tmp_path/'whole', snapshots=epochs, snapshot_images=10)
+    plain, whole = (fit(config, tmp_path/'plain'),
+                    fit(config, tmp_path/'whole', snapshots=epochs, snapshot_images=10))
     assert plain.history == whole.history and not (tmp_path/'plain/snapshots').exists()
-    assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), whole.model.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(),
+                                                 whole.model.state_dict().values()))
 
     def fail(*args): raise KeyboardInterrupt
     for done in range(2): # once in each epoch
         with monkeypatch.context() as patch:
             patch.setattr(train, '_commit' if done else 'check_finite', fail)
-            with pytest.raises(KeyboardInterrupt): fit(config, tmp_path/'stopped', snapshots=epochs, snapshot_images=10)
+            with pytest.raises(KeyboardInterrupt):
+                fit(config, tmp_path/'stopped', snapshots=epochs, snapshot_images=10)
     fit(config, tmp_path/'stopped', snapshots=epochs, snapshot_images=10)
     files = [train.snapshot_file(tmp_path/'whole', e) for e in epochs]
-    assert sorted((tmp_path/'stopped/snapshots').iterdir()) == [train.snapshot_file(tmp_path/'stopped', e) for e in epochs]
-    for file in files: assert file.read_bytes() == (tmp_path/'stopped/snapshots'/file.name).read_bytes()
+    assert sorted((tmp_path/'stopped/snapshots').iterdir()) == [
+        train.snapshot_file(tmp_path/'stopped', e) for e in epochs]
+    for file in files:
+        assert file.read_bytes() == (tmp_path/'stopped/snapshots'/file.name).read_bytes()
 
     tensors, metadata = load_tensors(files[2])
     images = training_data(config)[0]
     assert metadata['epoch'] == 2 and metadata['config'] == config.identity()
-    assert torch.equal(tensors['labels'], images.labels[tensors['indices']]) and len(tensors['indices'].unique()) == 10
+    assert (torch.equal(tensors['labels'], images.labels[tensors['indices']])
+            and len(tensors['indices'].unique()) == 10)
     last, _ = load_checkpoint(tmp_path/'whole/last.safetensors')
-    again = train.measure_energies(last, images[tensors['indices']], eps=config.eps, step_size=config.step_size, seed=config.seed)
+    again = train.measure_energies(last, images[tensors['indices']], eps=config.eps,
+                                   step_size=config.step_size, seed=config.seed)
     assert all(torch.equal(again[k], tensors[k]) for k in again)
 
-    with pytest.raises(ValueError, match='epoch 0 was not taken.*already at epoch 2'): fit(config, tmp_path/'plain', snapshots=epochs)
-    assert fit(config, tmp_path/'plain', snapshots=[2], snapshot_images=10).history == plain.history # the state is that of epoch 2
+    with pytest.raises(ValueError, match='epoch 0 was not taken.*already at epoch 2'):
+        fit(config, tmp_path/'plain', snapshots=epochs)
+    # the state is that of epoch 2
+    assert fit(config, tmp_path/'plain', snapshots=[2], snapshot_images=10).history == plain.history
     assert train.snapshot_file(tmp_path/'plain', 2).read_bytes() == files[2].read_bytes()
-    with pytest.raises(ValueError, match='holds 10 images, not the 8'): fit(config, tmp_path/'whole', snapshots=epochs, snapshot_images=8)
-    with pytest.raises(ValueError, match='there is no epoch 3'): fit(config, tmp_path/'new', snapshots=[3])
-    with pytest.raises(ValueError, match='snapshot_images = 0'): fit(config, tmp_path/'new', snapshots=[1], snapshot_images=0)
+    with pytest.raises(ValueError, match='holds 10 images, not the 8'):
+        fit(config, tmp_path/'whole', snapshots=epochs, snapshot_images=8)
+    with pytest.raises(ValueError, match='there is no epoch 3'):
+        fit(config, tmp_path/'new', snapshots=[3])
+    with pytest.raises(ValueError, match='snapshot_images = 0'):
+        fit(config, tmp_path/'new', snapshots=[1], snapshot_images=0)
     assert not (tmp_path/'new').exists()
 
 
@@ -172,8 +204,10 @@ def test_finished_run_is_read_not_repeated(tmp_path, monkeypatch):
     first = fit(config, tmp_path)
     monkeypatch.setattr(train.TrainStep, '__call__', lambda *a, **k: pytest.fail('trained again'))
     assert fit(config, tmp_path).history == first.history
-    with pytest.raises(FileExistsError, match='already holds a run'): fit(config, tmp_path, resume=False)
-    with pytest.raises(ValueError, match='beta is 6.0 there and 7.0 here'): fit(TrainConfig(epochs=1, beta=7, **TINY), tmp_path)
+    with pytest.raises(FileExistsError, match='already holds a run'):
+        fit(config, tmp_path, resume=False)
+    with pytest.raises(ValueError, match='beta is 6.0 there and 7.0 here'):
+        fit(TrainConfig(epochs=1, beta=7, **TINY), tmp_path)
 
 
 def test_not_finite_stops_and_keeps_the_last_state(tmp_path, monkeypatch):
@@ -187,7 +221,9 @@ def test_not_finite_stops_and_keeps_the_last_state(tmp_path, monkeypatch):
         return loss
     with monkeypatch.context() as patch:
         patch.setattr(train.TrainStep, '__call__', poisoned)
-        with pytest.raises(NonFiniteError, match=r'epoch 2, update 2 of 2.*gradient of conv1.weight'): fit(config, tmp_path/'run')
+        with pytest.raises(NonFiniteError,
+                           match=r'epoch 2, update 2 of 2.*gradient of conv1.weight'):
+            fit(config, tmp_path/'run')
     assert len(train.read_lines(tmp_path/'run/metrics.jsonl')) == 1
     assert fit(config, tmp_path/'run').history == fit(config, tmp_path/'whole').history
 
@@ -196,13 +232,15 @@ def test_divergence_says_where(tmp_path):
     with pytest.raises(NonFiniteError, match='epoch 1, update 2 of 2.*Lower lr'):
         fit(TrainConfig(epochs=1, lr=1e30, **TINY), tmp_path/'in_an_epoch')
     with pytest.raises(NonFiniteError, match='held-out images after epoch 1.*Lower lr'):
-        fit(TrainConfig(epochs=1, objective='standard', lr=1e38, **{**TINY, 'batch_size': 64}), tmp_path/'in_its_last_update')
+        fit(TrainConfig(epochs=1, objective='standard', lr=1e38, **{**TINY, 'batch_size': 64}),
+            tmp_path/'in_its_last_update')
     assert not (tmp_path/'in_its_last_update/state.safetensors').exists()
 
 
 def test_burn_in_of_mail(tmp_path):
     "Before it ends MAIL-TRADES is TRADES with the same beta, after it is not"
-    runs = {name: fit(TrainConfig(objective=name, beta=5, epochs=2, **TINY), tmp_path/name).history for name in ('mail_trades', 'trades')}
+    runs = {name: fit(TrainConfig(objective=name, beta=5, epochs=2, **TINY), tmp_path/name).history
+            for name in ('mail_trades', 'trades')}
     assert runs['mail_trades'][0] == runs['trades'][0]
     assert runs['mail_trades'][1] != runs['trades'][1]
 
@@ -247,16 +285,19 @@ def test_the_released_protocol(tmp_path, monkeypatch):
         assert [m['step_size'] for m in measured] == [2/255 if p == 'released' else .03]*3
         named = json.loads((tmp_path/p/'config.json').read_text())
         assert ('protocol' in named) == (p == 'released')
-        assert result.history[-1]['updates'] == len(updates) == train.training_cost(runs[p])['updates']
+        assert (result.history[-1]['updates'] == len(updates)
+                == train.training_cost(runs[p])['updates'])
     assert [u['images'] for u in saw['paper'][1]] == [32, 32]*2
     assert {u['momentum'] for u in saw['paper'][1]} == {.9}
 
     updates = saw['released'][1]
     assert [u['images'] for u in updates] == [32, 32, 16]*2
     every = sorted(training_data(runs['released'])[0].labels.tolist())
-    for epoch in (updates[:3], updates[3:]): assert sorted(sum((u['labels'] for u in epoch), [])) == every
+    for epoch in (updates[:3], updates[3:]):
+        assert sorted(sum((u['labels'] for u in epoch), [])) == every
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=.1, momentum=.9)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, .1, total_steps=len(updates), pct_start=.25)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, .1, total_steps=len(updates),
+                                                 pct_start=.25)
     for i, u in enumerate(updates):
         group = optimizer.param_groups[0]
         for name in ('lr', 'momentum'): assert u[name] == pytest.approx(group[name], rel=1e-12)
@@ -316,7 +357,7 @@ def test_what_the_released_protocol_needs(tmp_path):
     file = synthesised(tmp_path/'aux.npz')
     config = TrainConfig(protocol='released', aux_data=file, num_val=100)
     images, held_out, _ = training_data(config)
-    assert (len(images), len(held_out)) == (DATASETS['fashion_mini'].n_train, 100) # none is held out
+    assert (len(images), len(held_out)) == (DATASETS['fashion_mini'].n_train, 100) # none held out
     with pytest.raises(ValueError, match="'released' needs aux_data.*Give aux_data.*or num_val"):
         TrainConfig(protocol='released')
     for n, processes, message in [(65, 1, '1 of 65 images here; batch norm.*num_train = 64'),
@@ -338,7 +379,8 @@ def test_a_data_set_without_a_protocol(monkeypatch):
     given = dict(arch='resnet8', epochs=1, eps=.1, step_size=.03, attack_steps=1, batch_size=32,
                  lr=.1, weight_decay=0., num_val=4)
     assert TrainConfig(dataset='mine', **given).beta == 6
-    missing = "'mine' has no protocol: give epochs and eps .*8/255.*a row to PROTOCOLS, which has cifar10"
+    missing = ("'mine' has no protocol: give epochs and eps .*8/255.*a row to PROTOCOLS, "
+               "which has cifar10")
     with pytest.raises(ValueError, match=missing):
         TrainConfig(dataset='mine', **{**given, 'epochs': None, 'eps': None})
     everything = f"'mine' has no protocol: give {', '.join([*given][:-1])} and num_val"
@@ -352,7 +394,8 @@ def test_a_data_set_without_a_protocol(monkeypatch):
 
 def synthesised(path, n=300, size=28, classes=10):
     g = np.random.default_rng(0)
-    np.savez(path, image=g.integers(0, 256, (n, size, size, 1), dtype=np.uint8), label=np.arange(n) % classes)
+    np.savez(path, image=g.integers(0, 256, (n, size, size, 1), dtype=np.uint8),
+             label=np.arange(n) % classes)
     return str(path)
 
 
@@ -366,19 +409,26 @@ def test_synthesised_images_select_and_train(tmp_path):
     assert (len(images), len(held_out), len(aux)) == (64, 4, 296)
     x, y = next(train.epoch_batches(images, aux, config, torch.Generator().manual_seed(0)))
     assert len(x) == len(y) == config.batch_size
-    assert train.fit(config, tmp_path/'run').history[0]['updates'] == train.training_cost(config)['updates']
+    assert (train.fit(config, tmp_path/'run').history[0]['updates']
+            == train.training_cost(config)['updates'])
     whole = TrainConfig(aux_data=file, aux_fraction=.5, num_val=50, batch_size=64)
     images, _, aux = training_data(whole)
-    assert train.training_cost(whole)['updates'] == whole.epochs*len(list(train.epoch_batches(images, aux, whole, torch.Generator())))
-    with pytest.raises(ValueError, match='holds images of shape'): training_data(TrainConfig(aux_data=synthesised(tmp_path/'big.npz', size=32)))
-    with pytest.raises(ValueError): training_data(TrainConfig(aux_data=synthesised(tmp_path/'more.npz', classes=11)))
+    assert train.training_cost(whole)['updates'] == whole.epochs*len(list(
+        train.epoch_batches(images, aux, whole, torch.Generator())))
+    with pytest.raises(ValueError, match='holds images of shape'):
+        training_data(TrainConfig(aux_data=synthesised(tmp_path/'big.npz', size=32)))
+    with pytest.raises(ValueError):
+        training_data(TrainConfig(aux_data=synthesised(tmp_path/'more.npz', classes=11)))
     with pytest.raises(ValueError, match='aux_fraction'): TrainConfig(aux_fraction=.5)
-    with pytest.raises(ValueError, match='of a batch of 32 it makes 0 synthesised'): TrainConfig(aux_data=file, aux_fraction=.01)
-    assert len(training_data(TrainConfig(aux_data=file, num_val=300))[1]) == 300 # the whole file, as the authors use it
+    with pytest.raises(ValueError, match='of a batch of 32 it makes 0 synthesised'):
+        TrainConfig(aux_data=file, aux_fraction=.01)
+    # the whole file, as the authors use it
+    assert len(training_data(TrainConfig(aux_data=file, num_val=300))[1]) == 300
 
 
 def test_synthesised_images_are_known_by_their_content(tmp_path):
-    file, same, other = (synthesised(tmp_path/f'{name}.npz', n=n) for name, n in (('a', 300), ('b', 300), ('c', 310)))
+    file, same, other = (synthesised(tmp_path/f'{name}.npz', n=n)
+                         for name, n in (('a', 300), ('b', 300), ('c', 310)))
     names = [train.run_name(TrainConfig(aux_data=f)) for f in (file, same, other)]
     assert names[0] == names[1] != names[2]
     os.replace(other, file)
@@ -393,20 +443,27 @@ def test_synthesised_images_in_the_home_folder(tmp_path, monkeypatch):
 
 def test_damaged_data_leaves_no_folder(tmp_path):
     (tmp_path/'data/cifar-10-batches-py').mkdir(parents=True)
-    for name in ('data_batch_1', 'data_batch_2', 'data_batch_3', 'data_batch_4', 'data_batch_5', 'test_batch', 'batches.meta'):
+    for name in ('data_batch_1', 'data_batch_2', 'data_batch_3', 'data_batch_4', 'data_batch_5',
+                 'test_batch', 'batches.meta'):
         (tmp_path/'data/cifar-10-batches-py'/name).write_bytes(b'cut off')
-    with pytest.raises(ValueError, match='data_batch_1|batches.meta'): fit(TrainConfig(dataset='cifar10', root=str(tmp_path/'data')), tmp_path/'run')
-    assert not (tmp_path/'run').exists() and (tmp_path/'data/cifar-10-batches-py/data_batch_1').read_bytes() == b'cut off'
+    with pytest.raises(ValueError, match='data_batch_1|batches.meta'):
+        fit(TrainConfig(dataset='cifar10', root=str(tmp_path/'data')), tmp_path/'run')
+    assert (not (tmp_path/'run').exists()
+            and (tmp_path/'data/cifar-10-batches-py/data_batch_1').read_bytes() == b'cut off')
 
 
 def test_wrong_data_leaves_no_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match='none.npz'): TrainConfig(aux_data=str(tmp_path/'none.npz'))
+    with pytest.raises(FileNotFoundError, match='none.npz'):
+        TrainConfig(aux_data=str(tmp_path/'none.npz'))
     (tmp_path/'bad.npz').write_bytes(b'no arrays')
-    with pytest.raises(ValueError, match='bad.npz'): fit(TrainConfig(aux_data=str(tmp_path/'bad.npz')), tmp_path/'run')
+    with pytest.raises(ValueError, match='bad.npz'):
+        fit(TrainConfig(aux_data=str(tmp_path/'bad.npz')), tmp_path/'run')
     assert not (tmp_path/'run').exists()
 
 
-@pytest.mark.parametrize('how, message', [(dict(num_processes=0), 'num_processes = 0'), (dict(num_nodes=2), 'needs rdzv_endpoint'), (dict(num_nodes=0), 'num_nodes = 0'), (dict(node_rank=1), 'node_rank = 1')])
+@pytest.mark.parametrize('how, message', [
+    (dict(num_processes=0), 'num_processes = 0'), (dict(num_nodes=2), 'needs rdzv_endpoint'),
+    (dict(num_nodes=0), 'num_nodes = 0'), (dict(node_rank=1), 'node_rank = 1')])
 def test_wrong_launch_leaves_no_folder(how, message, tmp_path):
     with pytest.raises(ValueError, match=message): fit(TrainConfig(**TINY), tmp_path/'run', **how)
     assert not (tmp_path/'run').exists()
@@ -418,13 +475,17 @@ def test_what_is_not_finite():
     model.weight.grad = torch.full((1, 2), 3e38) # finite, their norm is not
     train.check_finite(model, torch.tensor(1.), 'here')
     model.bias.grad = torch.tensor([float('nan')])
-    with pytest.raises(NonFiniteError, match='here: the loss is 1.0; the gradient of bias and 0 more'): train.check_finite(model, torch.tensor(1.), 'here')
-    with pytest.raises(NonFiniteError, match='the loss is inf'): train.check_finite(torch.nn.Linear(2, 1), torch.tensor(float('inf')), 'here')
+    with pytest.raises(NonFiniteError,
+                       match='here: the loss is 1.0; the gradient of bias and 0 more'):
+        train.check_finite(model, torch.tensor(1.), 'here')
+    with pytest.raises(NonFiniteError, match='the loss is inf'):
+        train.check_finite(torch.nn.Linear(2, 1), torch.tensor(float('inf')), 'here')
 
 
 def test_checkpoint_of_another_architecture(tmp_path):
     fit(TrainConfig(epochs=1, **TINY), tmp_path)
-    with pytest.raises(ValueError, match='resnet8.*resnet20'): load_checkpoint(tmp_path/'best.safetensors', create_model('resnet20', 10, 1, 28))
+    with pytest.raises(ValueError, match='resnet8.*resnet20'):
+        load_checkpoint(tmp_path/'best.safetensors', create_model('resnet20', 10, 1, 28))
 
 
 def test_config_file_has_the_parameters_names(tmp_path):
@@ -436,9 +497,12 @@ def test_config_file_has_the_parameters_names(tmp_path):
 @pytest.mark.skipif('WEAT_DATA' not in os.environ, reason='needs the real CIFAR-10 in $WEAT_DATA')
 def test_real_cifar10(tmp_path):
     "A few updates on real images: train, resume, measure; what is kept is what was returned"
-    config = TrainConfig(dataset='cifar10', arch='resnet8', epochs=2, num_train=128, num_val=20, attack_steps=1, batch_size=32, device='cpu')
+    config = TrainConfig(dataset='cifar10', arch='resnet8', epochs=2, num_train=128, num_val=20,
+                         attack_steps=1, batch_size=32, device='cpu')
     result = fit(config, tmp_path)
-    assert result.history[1]['updates'] == 8 and 0 <= result.history[1]['pgd'] <= result.history[1]['clean'] <= 100
+    assert (result.history[1]['updates'] == 8
+            and 0 <= result.history[1]['pgd'] <= result.history[1]['clean'] <= 100)
     assert fit(config, tmp_path).taken_up == 2
     x = to_float(training_data(config)[1].images)
-    with torch.no_grad(): assert torch.equal(load_checkpoint(tmp_path/'best.safetensors')[0](x), result.model(x))
+    with torch.no_grad():
+        assert torch.equal(load_checkpoint(tmp_path/'best.safetensors')[0](x), result.model(x))

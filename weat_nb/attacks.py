@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .autoattack import apgd, apgd_targeted, fab, square
 from .carlini_wagner import cw_l2, cw_linf
-from .guards import (as_float32, check_images, check_labels, check_lengths, check_logits, check_name, eval_mode,
-                            warn_if_masked)
+from .guards import (as_float32, check_images, check_labels, check_lengths, check_logits,
+                            check_name, eval_mode, warn_if_masked)
 from .params import suggest
 
 _LOSSES, _NORMS, _STARTS = ("ce", "kl", "dlr"), ("linf", "l2"), ("uniform", "gaussian", "none")
@@ -33,7 +33,7 @@ def projection(
     eps:float, # radius of the ball in pixel units: 8/255, not 8
     norm:str = "linf", # "linf" or "l2"
 )->Callable[[Tensor], Tensor]: # maps images (B, C, H, W) into the ball around x and into [0, 1]
-    r"The projection $\Pi$ into $B_\epsilon(x) \cap [0,1]$; for ℓ2 onto the ball, then onto the box, which stays in the ball"
+    r"Projection $\Pi$ into $B_\epsilon(x) \cap [0,1]$; ℓ2: ball, then box, which stays in the ball"
     check_name("norm", norm, _NORMS)
     if norm == "linf":
         low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
@@ -53,7 +53,8 @@ def ascent_direction(
     "Direction of steepest ascent for a step of length 1 in the given norm"
     check_name("norm", norm, _NORMS)
     if norm == "linf": return grad.sign()
-    unit = grad / grad.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
+    unit = grad / grad.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(
+        min=torch.finfo(grad.dtype).tiny)
     return unit / torch.linalg.vector_norm(unit, dim=(1, 2, 3), keepdim=True).clamp(min=1)
 
 # %% ../nbs/02_attacks.ipynb #8d3e1b99
@@ -61,7 +62,8 @@ def starting_point(
     x:Tensor, # (B, C, H, W) natural images in [0, 1]
     eps:float, # radius of the ball, pixel units
     norm:str = "linf", # "linf" or "l2"
-    start:str|Tensor = "uniform", # "uniform" in the ball, "gaussian" (x + 0.001 N(0, 1)), "none" (x), or images
+    # "uniform" in the ball, "gaussian" (x + 0.001 N(0, 1)), "none" (x), or images
+    start:str|Tensor = "uniform",
     generator:torch.Generator|None = None, # source of the noise; None: the global one of x's device
 )->Tensor: # (B, C, H, W) the first x*, in the ball and in [0, 1]
     "Where the attack begins"
@@ -92,8 +94,8 @@ def dlr_loss(
     "Difference of logits ratio (Croce & Hein 2020, Eq. 6; with `target` Eq. 7)"
     needed, kind = (3, "dlr loss") if target is None else (4, "targeted dlr loss")
     if logits.shape[1] < needed:
-        raise ValueError(f"the {kind} compares the {needed} largest logits, but the model has {logits.shape[1]} "
-                         "classes; use loss='ce'")
+        raise ValueError(f"the {kind} compares the {needed} largest logits, but the model has "
+                         f"{logits.shape[1]} classes; use loss='ce'")
     z = as_float32(logits)
     top = z.topk(needed, dim=1).values
     z_y = z.gather(1, y[:, None]).squeeze(1)
@@ -111,21 +113,25 @@ def ascent_loss(
     y:Tensor|None = None, # (B,) labels; read by ce and dlr
     target:Tensor|None = None, # (B,) class to be reached; None: untargeted
     clean_logits:Tensor|None = None, # (B, K) logits at the natural images; read by kl
-)->Callable[[Tensor], Tensor]: # maps the logits (B, K) at x* to the value (B,) that the attack maximises
+    # maps the logits (B, K) at x* to the value (B,) that the attack maximises
+)->Callable[[Tensor], Tensor]:
     "The loss of the inner maximisation, as a function of the logits at $x^\\star$"
     check_name("loss", loss, _LOSSES)
     if loss == "kl":
-        if clean_logits is None: raise ValueError("loss='kl' needs clean_logits, the logits at the natural images")
+        if clean_logits is None:
+            raise ValueError("loss='kl' needs clean_logits, the logits at the natural images")
         log_p = _log_softmax(clean_logits.detach())
-        return lambda z: F.kl_div(_log_softmax(z), log_p, reduction="none", log_target=True).sum(dim=1)
-    if target is not None and loss == "ce": return lambda z: -F.nll_loss(_log_softmax(z), target, reduction="none")
+        return lambda z: F.kl_div(_log_softmax(z), log_p, reduction="none",
+                                  log_target=True).sum(dim=1)
+    if target is not None and loss == "ce":
+        return lambda z: -F.nll_loss(_log_softmax(z), target, reduction="none")
     if y is None: raise ValueError(f"loss={loss!r} needs the labels y")
     if loss == "dlr": return lambda z: dlr_loss(z, y, target)
     return lambda z: F.nll_loss(_log_softmax(z), y, reduction="none")
 
 # %% ../nbs/02_attacks.ipynb #e76602de
 def pgd_loop(
-    model:Callable[[Tensor], Tensor], # logits (B, K) of images (B, C, H, W), already in evaluation mode
+    model:Callable[[Tensor], Tensor], # logits (B, K) of images (B, C, H, W), already in eval mode
     x:Tensor, # (B, C, H, W) natural images in [0, 1]
     x_adv:Tensor, # (B, C, H, W) the first x*, from starting_point
     ascend:Callable[[Tensor], Tensor], # logits at x* -> (B,), from ascent_loss
@@ -134,17 +140,20 @@ def pgd_loop(
     step_size:float, # length of a step, pixel units
     steps:int, # number of gradient steps
     norm:str = "linf", # "linf" or "l2"
-)->tuple[Tensor, Tensor]: # x* (B, C, H, W), and (steps, B) the maximised loss before each step; NaN where its gradient is not finite
+    # x* (B, C, H, W), (steps, B) maximised loss before each step; NaN if its gradient is not finite
+)->tuple[Tensor, Tensor]:
     "Projected gradient ascent without checks and without waiting for the device"
     project, values = projection(x, eps, norm), [x.new_empty(0, len(x))]
     for _ in range(steps):
         with torch.enable_grad():
             x_adv = x_adv.detach().requires_grad_()
             value = ascend(model(x_adv))
-            # In evaluation mode images do not see each other: the gradient of the sum holds each image's own.
+            # In evaluation mode images do not see each other: the gradient of the sum holds each
+            # image's own.
             grad, = torch.autograd.grad(value.sum(), x_adv)
         x_adv = project(x_adv.detach() + step_size * ascent_direction(grad, norm))
-        # sign(NaN) is 0: a NaN in the gradient shows in the values, else the image would quietly stay where it is.
+        # sign(NaN) is 0: a NaN in the gradient shows in the values, else the image would quietly
+        # stay where it is.
         values.append((value.detach() + 0 * grad.sum(dim=(1, 2, 3)))[None])
     return x_adv.detach(), torch.cat(values)
 
@@ -152,30 +161,34 @@ def check_values(
     values:Tensor, # (steps, B) the maximised loss before each step, from `pgd_loop`
     loss:str, # what was maximised, for the error
 )->None:
-    "Refuse an attack whose loss or gradient was not finite: it stayed where it was, which is no robustness"
+    "Refuse an attack whose loss or gradient was not finite: it stayed put, which is no robustness"
     bad = ~values.isfinite().all(dim=1)
     if not bad.any(): return
-    raise FloatingPointError(f"the attacked {loss} loss or its gradient is NaN or infinite in step {int(bad.nonzero()[0])} of {len(values)} (from 0): "
-                             "the model's logits are not finite, or a root or logarithm at 0 has no slope")
+    raise FloatingPointError(f"the attacked {loss} loss or its gradient is NaN or infinite in step "
+                             f"{int(bad.nonzero()[0])} of {len(values)} (from 0): the model's "
+                             "logits are not finite, or a root or logarithm at 0 has no slope")
 
 # %% ../nbs/02_attacks.ipynb #f303ffe1
 def _check_start(start:str|Tensor, loss:str, x:Tensor)->None:
     "A start is one of the names or images like x; KL cannot start at x"
     if isinstance(start, Tensor):
         if start.shape != x.shape:
-            raise ValueError(f"start has shape {tuple(start.shape)} and x {tuple(x.shape)}; they must be equal")
+            raise ValueError(f"start has shape {tuple(start.shape)} and x {tuple(x.shape)}; "
+                             "they must be equal")
         if not start.isfinite().all(): raise ValueError("start holds NaN or infinite pixels")
         at_x = torch.equal(start.to(x), x)
     else:
         check_name("start", start, _STARTS)
         at_x = start == "none"
     if loss == "kl" and at_x:
-        raise ValueError("loss='kl' cannot start at x: the divergence has its minimum there, its gradient is zero and "
-                         "the attack would never move; use start='gaussian' (as TRADES does) or 'uniform'")
+        raise ValueError("loss='kl' cannot start at x: the divergence has its minimum there, its "
+                         "gradient is zero and the attack would never move; use start='gaussian' "
+                         "(as TRADES does) or 'uniform'")
 
 # %% ../nbs/02_attacks.ipynb #d21c9f82
 def pgd(
-    model:Callable[[Tensor], Tensor], # logits (B, K) of images; an nn.Module is put into evaluation mode and back
+    # logits (B, K) of images; an nn.Module is put into evaluation mode and back
+    model:Callable[[Tensor], Tensor],
     x:Tensor, # (B, C, H, W) natural images in [0, 1], float32 or float64
     y:Tensor|None = None, # (B,) int64 labels; needed by dlr, and by ce without a target
     *,
@@ -184,10 +197,12 @@ def pgd(
     steps:int, # number of gradient steps
     loss:str = "ce", # what is maximised: "ce" (Madry), "kl" (TRADES) or "dlr"
     norm:str = "linf", # the ball: "linf" or "l2"
-    start:str|Tensor = "uniform", # "uniform" in the ball, "gaussian" (x + 0.001 N(0, 1), TRADES), "none", or images
+    # "uniform" in the ball, "gaussian" (x + 0.001 N(0, 1), TRADES), "none", or images
+    start:str|Tensor = "uniform",
     target:Tensor|None = None, # (B,) int64 class to be reached instead of leaving y; ce and dlr
     generator:torch.Generator|None = None, # source of the start's noise, on any device
-    clean_logits:Tensor|None = None, # (B, K) model(x) in evaluation mode, where the caller has it; read by kl
+    # (B, K) model(x) in evaluation mode, where the caller has it; read by kl
+    clean_logits:Tensor|None = None,
 )->Tensor: # (B, C, H, W) attacked images, within eps of x and within [0, 1]
     "Images in the ball around `x` that maximise `loss` (Madry et al. 2018; KL: Zhang et al. 2019)"
     check_name("loss", loss, _LOSSES)
@@ -198,21 +213,27 @@ def pgd(
     labels = {name: t for name, t in (("y", y), ("target", target)) if t is not None}
     largest = max((check_labels(name, t, x) for name, t in labels.items()), default=-1)
     if loss == "kl" and target is not None:
-        raise ValueError("loss='kl' has no targeted form, it knows no labels; use loss='ce' or 'dlr' with a target")
-    if loss == "dlr" and y is None or loss == "ce" and not labels: raise ValueError(f"loss={loss!r} needs the labels y")
+        raise ValueError("loss='kl' has no targeted form, it knows no labels; "
+                         "use loss='ce' or 'dlr' with a target")
+    if loss == "dlr" and y is None or loss == "ce" and not labels:
+        raise ValueError(f"loss={loss!r} needs the labels y")
     if loss == "dlr" and target is not None and (target == labels["y"]).any():
-        raise ValueError("target equals y for some images, where the targeted dlr loss is constant; pick other classes")
+        raise ValueError("target equals y for some images, where the targeted dlr loss is "
+                         "constant; pick other classes")
 
     def logits_of(z:Tensor)->Tensor: return check_logits(model(z), x, largest)
 
     # Tensors made under inference_mode cannot take part in autograd; their clones can.
     with eval_mode(model), torch.inference_mode(False), torch.no_grad():
         x = x.detach().clone() if x.is_inference() else x.detach()
-        y, target, clean_logits = (t if t is None or not t.is_inference() else t.clone() for t in (y, target, clean_logits))
-        if loss == "kl": clean_logits = check_logits(model(x) if clean_logits is None else clean_logits, x, largest)
+        y, target, clean_logits = (t if t is None or not t.is_inference() else t.clone()
+                                   for t in (y, target, clean_logits))
+        if loss == "kl":
+            clean_logits = check_logits(model(x) if clean_logits is None else clean_logits,
+                                        x, largest)
         ascend = ascent_loss(loss, y, target, clean_logits)
-        x_adv, values = pgd_loop(logits_of, x, starting_point(x, eps, norm, start, generator), ascend,
-                                 eps=eps, step_size=step_size, steps=steps, norm=norm)
+        x_adv, values = pgd_loop(logits_of, x, starting_point(x, eps, norm, start, generator),
+                                 ascend, eps=eps, step_size=step_size, steps=steps, norm=norm)
     check_values(values, loss)
     return x_adv
 
@@ -220,12 +241,16 @@ def pgd(
 def random_targets(
     y:Tensor, # (B,) int64 labels
     num_classes:int, # K, at least 2
-    generator:torch.Generator|None = None, # source of the classes, on any device; None: the global one of y's device
+    # source of the classes, on any device; None: the global one of y's device
+    generator:torch.Generator|None = None,
 )->Tensor: # (B,) int64 classes, none of them the label, all others equally likely
     "A random other class for each image: the aim of a targeted attack"
-    if num_classes < 2: raise ValueError(f"num_classes={num_classes} leaves no other class to aim at; a targeted attack needs 2 or more")
+    if num_classes < 2:
+        raise ValueError(f"num_classes={num_classes} leaves no other class to aim at; "
+                         "a targeted attack needs 2 or more")
     device = y.device if generator is None else generator.device
-    return (y + torch.randint(1, num_classes, y.shape, generator=generator, device=device).to(y.device)) % num_classes
+    return (y + torch.randint(1, num_classes, y.shape, generator=generator, device=device)
+            .to(y.device)) % num_classes
 
 # %% ../nbs/02_attacks.ipynb #70539714
 @dataclass(frozen=True)
@@ -242,27 +267,32 @@ class Attack:
     min_classes:int # classes the model must have
     source:str # where it was published
     function:Callable[..., Tensor] = field(repr=False) # (model, x, y, *, eps, steps, seed, …) -> x*
-    settings:Mapping[str, Any] = field(default_factory=dict, repr=False) # arguments that make the row what it is
+    # arguments that make the row what it is
+    settings:Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def options(self)->list[str]:
         "Names of the further arguments of the attack"
-        named = [p.name for p in inspect.signature(self.function).parameters.values() if p.kind == p.KEYWORD_ONLY]
+        named = [p.name for p in inspect.signature(self.function).parameters.values()
+                 if p.kind == p.KEYWORD_ONLY]
         return [name for name in named if name not in {"eps", "steps", "seed", *self.settings}]
 
 # %% ../nbs/02_attacks.ipynb #fc25e95e
-def _pgd(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, *, eps:float, steps:int, seed:int, loss:str,
-         step_size:float|None = None, start:str|Tensor|None = None)->Tensor:
+def _pgd(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, *, eps:float, steps:int, seed:int,
+         loss:str, step_size:float|None = None, start:str|Tensor|None = None)->Tensor:
     "PGD as a row: a quarter of eps is the paper's 2/255 at 8/255, and KL starts as TRADES does"
     if start is None: start = "gaussian" if loss == "kl" else "uniform"
-    return pgd(model, x, y, eps=eps, steps=steps, step_size=eps / 4 if step_size is None else step_size, loss=loss, start=start,
+    return pgd(model, x, y, eps=eps, steps=steps,
+               step_size=eps / 4 if step_size is None else step_size, loss=loss, start=start,
                generator=torch.Generator().manual_seed(seed))
 
-def _pgd_targeted(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, *, eps:float, steps:int, seed:int, loss:str,
-                  step_size:float|None = None, start:str|Tensor = "uniform", target:Tensor|None = None)->Tensor:
+def _pgd_targeted(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, *, eps:float, steps:int,
+                  seed:int, loss:str, step_size:float|None = None, start:str|Tensor = "uniform",
+                  target:Tensor|None = None)->Tensor:
     "PGD towards `target`, or towards a random other class of each image"
     generator = torch.Generator().manual_seed(seed)
     if target is None: target = random_targets(y, model(x[:1]).shape[1], generator)
-    return pgd(model, x, y, eps=eps, steps=steps, step_size=eps / 4 if step_size is None else step_size, loss=loss, start=start,
+    return pgd(model, x, y, eps=eps, steps=steps,
+               step_size=eps / 4 if step_size is None else step_size, loss=loss, start=start,
                target=target, generator=generator)
 
 # %% ../nbs/02_attacks.ipynb #dd2df5c1
@@ -271,7 +301,8 @@ ATTACKS:dict[str, Attack] = {a.name: a for a in (
            "Madry et al., ICLR 2018", _pgd, dict(loss="ce")),
     Attack("trades", "KL(p ‖ p*)", "linf", "linf", False, 20, "its last image", "softmax", 2,
            "Zhang et al., ICML 2019", _pgd, dict(loss="kl")),
-    Attack("pgd-t", "−CE(x*, t), t a random other class", "linf", "linf", True, 20, "its last image", "softmax", 2,
+    Attack("pgd-t", "−CE(x*, t), t a random other class", "linf", "linf", True, 20,
+           "its last image", "softmax", 2,
            "Kurakin et al., ICLR 2017", _pgd_targeted, dict(loss="ce")),
     Attack("pgd-dlr", "DLR(x*, y)", "linf", "linf", False, 20, "its last image", "logits", 3,
            "Croce & Hein, ICML 2020", _pgd, dict(loss="dlr")),
@@ -281,27 +312,28 @@ ATTACKS:dict[str, Attack] = {a.name: a for a in (
            "Croce & Hein, ICML 2020", apgd, dict(loss="dlr")),
     Attack("apgd-t", "DLR(x*, y, t), t after t", "linf", "linf", True, 20, "x", "logits", 4,
            "Croce & Hein, ICML 2020", apgd_targeted),
-    Attack("fab", "nearness −‖x* − x‖ at the nearest boundary", "linf", "linf", False, 20, "x", "logits", 2,
-           "Croce & Hein, ICML 2020", fab, dict(targeted=False, targets=None)),
-    Attack("fab-t", "nearness −‖x* − x‖ at the boundary to t, t after t", "linf", "linf", True, 20, "x", "logits", 3,
-           "Croce & Hein, ICML 2020", fab, dict(targeted=True)),
+    Attack("fab", "nearness −‖x* − x‖ at the nearest boundary", "linf", "linf", False, 20,
+           "x", "logits", 2, "Croce & Hein, ICML 2020", fab, dict(targeted=False, targets=None)),
+    Attack("fab-t", "nearness −‖x* − x‖ at the boundary to t, t after t", "linf", "linf", True, 20,
+           "x", "logits", 3, "Croce & Hein, ICML 2020", fab, dict(targeted=True)),
     Attack("square", "max z*_k − z*_y, by random search", "linf", "linf", False, 1000, "x", None, 2,
            "Andriushchenko et al., ECCV 2020", square),
-    Attack("cw-linf", "−c f(x*) − Σ max(|x* − x| − τ, 0), τ shrinking", "linf", None, False, 10, "x", "logits", 2,
-           "Carlini & Wagner, S&P 2017", cw_linf),
-    Attack("cw-l2", "−c f(x*) − ‖x* − x‖², c searched for", "l2", None, False, 200, "x", "logits", 2,
-           "Carlini & Wagner, S&P 2017", cw_l2),
+    Attack("cw-linf", "−c f(x*) − Σ max(|x* − x| − τ, 0), τ shrinking", "linf", None, False, 10,
+           "x", "logits", 2, "Carlini & Wagner, S&P 2017", cw_linf),
+    Attack("cw-l2", "−c f(x*) − ‖x* − x‖², c searched for", "l2", None, False, 200,
+           "x", "logits", 2, "Carlini & Wagner, S&P 2017", cw_l2),
 )}
 
 # %% ../nbs/02_attacks.ipynb #2f4ff168
 def attack(
     name:str, # a key of ATTACKS
-    model:Callable[[Tensor], Tensor], # logits (B, K) of images; an nn.Module is put into evaluation mode and back
+    # logits (B, K) of images; an nn.Module is put into evaluation mode and back
+    model:Callable[[Tensor], Tensor],
     x:Tensor, # (B, C, H, W) natural images in [0, 1], float32
     y:Tensor, # (B,) int64 labels
     *,
     eps:float = 8/255, # radius of the ball in pixel units; not read by the attacks without a ball
-    steps:int|None = None, # gradient steps, or queries of square; None: the paper's number, in the row
+    steps:int|None = None, # gradient steps, or queries of square; None: the paper's, in the row
     seed:int = 0, # of everything random in the attack
     generator:torch.Generator|None = None, # draws the seed, where one is given
     **options:Any, # the attack's own: ATTACKS[name].options()
@@ -311,15 +343,18 @@ def attack(
     row = ATTACKS[name]
     for option in options.keys() - set(row.options()):
         known = ["eps", "steps", "seed", "generator", *row.options()]
-        raise TypeError(f"attack {name!r} has no option {option!r}{suggest(option, known)}; it has {', '.join(known)}")
+        raise TypeError(f"attack {name!r} has no option {option!r}{suggest(option, known)}; "
+                        f"it has {', '.join(known)}")
     check_images(x)
     if y is None: raise ValueError(f"attack {name!r} needs the labels y")
     largest = check_labels("y", y, x)
     steps = row.steps if steps is None else steps
     check_lengths(eps, eps, steps, "linf")
     if steps == 0: raise ValueError(f"steps=0 leaves attack {name!r} nothing to do; use 1 or more")
-    if isinstance(seed, bool) or not isinstance(seed, int): raise ValueError(f"seed={seed!r} must be an integer")
-    if generator is not None: seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r} must be an integer")
+    if generator is not None:
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     arguments = dict(eps=eps, steps=steps, seed=seed)
     read = inspect.signature(row.function).parameters
     def watched(z:Tensor)->Tensor:
@@ -330,16 +365,21 @@ def attack(
 
     with eval_mode(model), torch.inference_mode(False), torch.no_grad():
         strange = torch.zeros((), dtype=torch.bool, device=x.device)
-        x, y = (t.clone() if t.is_inference() else t for t in (x.detach().contiguous(), y)) # pyautoattack views pixels as vectors
+        # contiguous: pyautoattack views pixels as vectors
+        x, y = (t.clone() if t.is_inference() else t for t in (x.detach().contiguous(), y))
         logits = check_logits(model(x), x, largest)
         if logits.shape[1] < row.min_classes:
             possible = [a.name for a in ATTACKS.values() if a.min_classes <= logits.shape[1]]
-            raise ValueError(f"attack {name!r} compares at least {row.min_classes} classes, but the model has {logits.shape[1]}; "
+            raise ValueError(f"attack {name!r} compares at least {row.min_classes} classes, but "
+                             f"the model has {logits.shape[1]}; "
                              f"possible are: {', '.join(possible) or 'none'}")
         if not logits.isfinite().all():
-            raise FloatingPointError("the model's logits at the natural images are NaN or infinite; no attack can use them")
+            raise FloatingPointError("the model's logits at the natural images are NaN or "
+                                     "infinite; no attack can use them")
         if row.gradient: warn_if_masked(watched, x, y, row.gradient, name)
         given = {key: value for key, value in arguments.items() if key in read}
         x_adv = row.function(watched, x, y, **given, **row.settings, **options)
-    if strange: raise FloatingPointError(f"the model's logits or its gradient were NaN or infinite while attack {name!r} ran; what it found is not to be trusted")
+    if strange:
+        raise FloatingPointError("the model's logits or its gradient were NaN or infinite while "
+                                 f"attack {name!r} ran; what it found is not to be trusted")
     return x_adv

@@ -19,26 +19,33 @@ from torch import Tensor
 from .guards import images_only, kept_rng
 
 # %% ../nbs/parts/apgd_fab_square.ipynb #e0d3e438
-_SILENT = logging.Logger("weat_nb.autoattack", level=logging.CRITICAL)  # zero gradients: warn_if_masked says more
+# zero gradients: warn_if_masked says more
+_SILENT = logging.Logger("weat_nb.autoattack", level=logging.CRITICAL)
 
 def _original(module:str, name:str)->Any:
     "A class of pyautoattack"
     try: return getattr(importlib.import_module(f"pyautoattack.{module}"), name)
     except ImportError as error:
-        raise ImportError("the attacks apgd, apgd-dlr, apgd-t, fab, fab-t and square need the package pyautoattack, which is not "
-                          "installed: pip install 'weat_nb[attacks]'; pgd, trades, cw-l2 and cw-linf need nothing") from error
+        raise ImportError("the attacks apgd, apgd-dlr, apgd-t, fab, fab-t and square need the "
+                          "package pyautoattack, which is not installed: "
+                          "pip install 'weat_nb[attacks]'; pgd, trades, cw-l2 and cw-linf need "
+                          "nothing") from error
 
-def _perturb(make:Callable[..., Any], model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, **options:Any)->Tensor:
+def _perturb(make:Callable[..., Any], model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor,
+             **options:Any)->Tensor:
     "Build one of their attacks and run it; nothing but the images it returns is changed"
-    if x.dtype != torch.float32: raise TypeError(f"x has dtype {x.dtype}, but pyautoattack computes in float32: use x.float()")
-    with kept_rng(), torch.no_grad(): return make(images_only(model), norm="Linf", **options).perturb(x, y).detach()
+    if x.dtype != torch.float32:
+        raise TypeError(f"x has dtype {x.dtype}, but pyautoattack computes in float32: "
+                        "use x.float()")
+    with kept_rng(), torch.no_grad():
+        return make(images_only(model), norm="Linf", **options).perturb(x, y).detach()
 
 def _targets(targets:int|None, classes:int)->int:
     "How many classes a targeted attack aims at"
     if targets is None: return min(9, classes - 1)
     if isinstance(targets, bool) or not isinstance(targets, int) or not 1 <= targets < classes:
-        raise ValueError(f"targets={targets!r} must be an integer from 1 to {classes - 1}: the model has {classes} classes, and "
-                         "one of them is the label")
+        raise ValueError(f"targets={targets!r} must be an integer from 1 to {classes - 1}: "
+                         f"the model has {classes} classes, and one of them is the label")
     return targets
 
 # %% ../nbs/parts/apgd_fab_square.ipynb #2655cca5
@@ -55,7 +62,8 @@ def apgd(
 )->Tensor: # (B, C, H, W) the last misclassified image seen in the ball; x where there was none
     "Auto-PGD (Croce & Hein 2020)"
     make = _original("autopgd_base", "APGDAttack")
-    return _perturb(make, model, x, y, eps=eps, n_iter=steps, seed=seed, loss=loss, n_restarts=restarts, logger=_SILENT)
+    return _perturb(make, model, x, y, eps=eps, n_iter=steps, seed=seed, loss=loss,
+                    n_restarts=restarts, logger=_SILENT)
 
 def apgd_targeted(
     model:Callable[[Tensor], Tensor], # images -> logits (B, K), K at least 4, in evaluation mode
@@ -66,12 +74,14 @@ def apgd_targeted(
     steps:int = 20, # gradient steps towards each class; 20 in the paper, 100 in AutoAttack
     seed:int = 0, # of the random start
     restarts:int = 1, # for each class, with those that still stand
-    targets:int|None = None, # number of classes aimed at, the likeliest first; None: 9, or K - 1 where that is less
+    # number of classes aimed at, the likeliest first; None: 9, or K - 1 where that is less
+    targets:int|None = None,
 )->Tensor: # (B, C, H, W) the last misclassified image seen in the ball; x where there was none
     "Auto-PGD on the targeted DLR loss, class after class (Croce & Hein 2020)"
     make = _original("autopgd_base", "APGDAttack_targeted")
     with torch.no_grad(): targets = _targets(targets, model(x[:1]).shape[1])
-    return _perturb(make, model, x, y, eps=eps, n_iter=steps, seed=seed, n_restarts=restarts, n_target_classes=targets, logger=_SILENT)
+    return _perturb(make, model, x, y, eps=eps, n_iter=steps, seed=seed, n_restarts=restarts,
+                    n_target_classes=targets, logger=_SILENT)
 
 # %% ../nbs/parts/apgd_fab_square.ipynb #c82e8d8b
 def fab(
@@ -84,19 +94,21 @@ def fab(
     seed:int = 0, # of the starts of restarts; the first start is x
     targeted:bool = False, # towards one class after another, in place of the nearest boundary
     restarts:int = 1, # with those that still stand
-    targets:int|None = None, # if targeted, number of classes aimed at; None: 9, or K - 1 where that is less
+    # if targeted, number of classes aimed at; None: 9, or K - 1 where that is less
+    targets:int|None = None,
 )->Tensor: # (B, C, H, W) the nearest misclassified image found, where it is within eps; x elsewhere
     "Fast Adaptive Boundary attack (Croce & Hein 2020)"
     make = _original("fab_pt", "FABAttack_PT")
     if targeted:
         with torch.no_grad(): targets = _targets(targets, model(x[:1]).shape[1])
     def logits_of(z:Tensor)->Tensor: return model(z).to(z.dtype) # FAB mixes images and logits
-    return _perturb(make, logits_of, x, y, eps=eps, n_iter=steps, seed=seed, targeted=targeted, n_restarts=restarts,
-                    n_target_classes=targets)
+    return _perturb(make, logits_of, x, y, eps=eps, n_iter=steps, seed=seed, targeted=targeted,
+                    n_restarts=restarts, n_target_classes=targets)
 
 # %% ../nbs/parts/apgd_fab_square.ipynb #7e084f76
 def square(
-    model:Callable[[Tensor], Tensor], # images -> logits (B, K), in evaluation mode; no gradient is needed
+    # images -> logits (B, K), in evaluation mode; no gradient is needed
+    model:Callable[[Tensor], Tensor],
     x:Tensor, # (B, C, H, W) natural images in [0, 1], float32
     y:Tensor, # (B,) int64 labels
     *,
@@ -104,8 +116,9 @@ def square(
     steps:int = 1000, # queries of a restart; 1,000 in the paper, 5,000 in AutoAttack
     seed:int = 0, # of the squares
     restarts:int = 1, # with those that still stand
-    rescale_schedule:bool = True, # pass through all sizes of squares in `steps` queries; False in AutoAttack
+    rescale_schedule:bool = True, # all sizes of squares within `steps` queries; False in AutoAttack
 )->Tensor: # (B, C, H, W) the first misclassified image found; x where there was none
     "Square attack (Andriushchenko et al. 2020), a random search on the margin"
     make = _original("square", "SquareAttack")
-    return _perturb(make, model, x, y, eps=eps, n_queries=steps, seed=seed, n_restarts=restarts, resc_schedule=rescale_schedule)
+    return _perturb(make, model, x, y, eps=eps, n_queries=steps, seed=seed, n_restarts=restarts,
+                    resc_schedule=rescale_schedule)

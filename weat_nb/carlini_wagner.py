@@ -24,7 +24,7 @@ def _to_tanh(x:Tensor)->Tensor: return torch.atanh((2 * x - 1) * _SHRINK)
 def _from_tanh(w:Tensor)->Tensor: return (torch.tanh(w) + 1) / 2
 
 def _lead(logits:Tensor, y:Tensor)->tuple[Tensor, Tensor]:
-    "(B,) $z_y - \\max_{k \\neq y} z_k$, negative where the answer is wrong, and how well rounding lets it be known"
+    "(B,) $z_y - \\max_{k \\neq y} z_k$, negative where the answer is wrong, and its rounding error"
     z, label = as_float32(logits), y[:, None]
     lead = z.gather(1, label).squeeze(1) - z.scatter(1, label, -math.inf).amax(dim=1)
     return lead, 100 * torch.finfo(z.dtype).eps * z.detach().abs().amax(dim=1)
@@ -34,14 +34,16 @@ def _per_image(values:Tensor, x:Tensor)->Tensor:
     return values.view(-1, *[1] * (x.dim() - 1))
 
 class _Adam:
-    "Adam on a batch of images that are independent problems, from which finished ones can be taken out"
-    def __init__(self, w:Tensor, lr:float): self.lr, self.t, self.m, self.v = lr, 0, torch.zeros_like(w), torch.zeros_like(w)
+    "Adam on a batch of independent problems, one an image; finished ones can be taken out"
+    def __init__(self, w:Tensor, lr:float):
+        self.lr, self.t, self.m, self.v = lr, 0, torch.zeros_like(w), torch.zeros_like(w)
 
     def step(self, w:Tensor, grad:Tensor)->Tensor:
         self.t += 1
         self.m = .9 * self.m + .1 * grad
         self.v = .999 * self.v + .001 * grad * grad
-        return w - self.lr * (self.m / (1 - .9**self.t)) / ((self.v / (1 - .999**self.t)).sqrt() + 1e-8)
+        return w - self.lr * (self.m / (1 - .9**self.t)) / (
+            (self.v / (1 - .999**self.t)).sqrt() + 1e-8)
 
     def keep(self, kept:Tensor)->None: self.m, self.v = self.m[kept], self.v[kept]
 
@@ -52,7 +54,8 @@ def _check_counts(**counts:int)->None:
 
 def _check_numbers(**numbers:float)->None:
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if (isinstance(value, bool) or not isinstance(value, (int, float))
+                or not 0 < value < math.inf):
             raise ValueError(f"{name}={value!r} must be a positive number")
 
 # %% ../nbs/parts/carlini_wagner.ipynb #7a0fd496
@@ -71,12 +74,14 @@ def cw_l2(
     "Smallest ℓ2 perturbation that changes the answer (Carlini & Wagner 2017, Section VI.A)"
     _check_counts(steps=steps, binary_search_steps=binary_search_steps)
     _check_numbers(initial_const=initial_const, lr=lr)
-    if not 0 <= confidence < math.inf: raise ValueError(f"confidence={confidence!r} must be a finite number, 0 or more")
+    if not 0 <= confidence < math.inf:
+        raise ValueError(f"confidence={confidence!r} must be a finite number, 0 or more")
     start = _to_tanh(x)
     best, best_length = x.clone(), x.new_full((len(x),), math.inf)
     c, low, high = (x.new_full((len(x),), value) for value in (initial_const, 0., math.inf))
     for _ in range(binary_search_steps):
-        found, ids, w = torch.zeros_like(y, dtype=torch.bool), torch.arange(len(x), device=x.device), start.clone()
+        found, ids, w = (torch.zeros_like(y, dtype=torch.bool),
+                         torch.arange(len(x), device=x.device), start.clone())
         adam, last = _Adam(w, lr), x.new_full((len(x),), math.inf)
         for step in range(steps):
             with torch.enable_grad():
@@ -84,7 +89,8 @@ def cw_l2(
                 x_adv = _from_tanh(w)
                 lead, rounding = _lead(model(x_adv), y[ids])
                 # The distance is taken to where w began, so that it is exactly 0 there.
-                objective = (x_adv - _from_tanh(start[ids])).square().flatten(1).sum(dim=1) + c[ids] * (lead + confidence).clamp(min=0)
+                objective = ((x_adv - _from_tanh(start[ids])).square().flatten(1).sum(dim=1)
+                             + c[ids] * (lead + confidence).clamp(min=0))
                 grad, = torch.autograd.grad(objective.sum(), w)
             x_adv, wrong = x_adv.detach(), lead.detach() < -confidence - rounding
             length = torch.linalg.vector_norm((x_adv - x[ids]).flatten(1), dim=1)
@@ -112,16 +118,19 @@ def _descend(
     steps:int, # of Adam
     confidence:float, # κ
     lr:float, # of Adam
-)->tuple[Tensor, Tensor]: # images (N, C, H, W) at the end of the descent, and (N,) is their answer wrong?
-    "Minimise $c f + \\sum_i \\max(|\\delta_i| - \\tau, 0)$ from x, each image until its objective is below 0.001"
-    w, ids, result, wrong = _to_tanh(x), torch.arange(len(x), device=x.device), x.clone(), torch.zeros_like(y, dtype=torch.bool)
+    # images (N, C, H, W) at the end of the descent, and (N,) is their answer wrong?
+)->tuple[Tensor, Tensor]:
+    "Minimise $c f + \\sum_i \\max(|\\delta_i| - \\tau, 0)$ from x, each image until below 0.001"
+    w, ids, result, wrong = (_to_tanh(x), torch.arange(len(x), device=x.device), x.clone(),
+                             torch.zeros_like(y, dtype=torch.bool))
     adam = _Adam(w, lr)
     for step in range(steps + 1):
         with torch.enable_grad():
             w = w.detach().requires_grad_()
             x_adv = _from_tanh(w)
             lead, rounding = _lead(model(x_adv), y[ids])
-            excess = ((x_adv - x[ids]).abs() - _per_image(tau[ids], x)).clamp(min=0).flatten(1).sum(dim=1)
+            excess = (((x_adv - x[ids]).abs() - _per_image(tau[ids], x))
+                      .clamp(min=0).flatten(1).sum(dim=1))
             grad, = torch.autograd.grad((c * lead + excess).sum(), w)
         result[ids], wrong[ids] = x_adv.detach(), lead.detach() < -rounding
         going = c * (lead.detach() + confidence).clamp(min=0) + excess.detach() >= .001
@@ -145,13 +154,19 @@ def cw_linf(
     confidence:float = 0., # κ
     lr:float = .01, # of Adam, in units of w
 )->Tensor: # (B, C, H, W) the nearest wrong image found; x where there was none
-    "Small ℓ∞ perturbation that changes the answer (Carlini & Wagner 2017, Section VI.C, as the paper evaluates it)"
+    """Small ℓ∞ perturbation that changes the answer
+    (Carlini & Wagner 2017, Section VI.C, as the paper evaluates it)"""
     _check_counts(steps=steps)
     _check_numbers(initial_const=initial_const, largest_const=largest_const, lr=lr)
-    if not initial_const < largest_const: raise ValueError(f"initial_const={initial_const!r} must be below largest_const={largest_const!r}: no price would be tried")
-    if not 0 < decrease_factor < 1: raise ValueError(f"decrease_factor={decrease_factor!r} must lie between 0 and 1")
-    if not 1 < const_factor < math.inf: raise ValueError(f"const_factor={const_factor!r} must exceed 1")
-    if not 0 <= confidence < math.inf: raise ValueError(f"confidence={confidence!r} must be a finite number, 0 or more")
+    if not initial_const < largest_const:
+        raise ValueError(f"initial_const={initial_const!r} must be below "
+                         f"largest_const={largest_const!r}: no price would be tried")
+    if not 0 < decrease_factor < 1:
+        raise ValueError(f"decrease_factor={decrease_factor!r} must lie between 0 and 1")
+    if not 1 < const_factor < math.inf:
+        raise ValueError(f"const_factor={const_factor!r} must exceed 1")
+    if not 0 <= confidence < math.inf:
+        raise ValueError(f"confidence={confidence!r} must be a finite number, 0 or more")
     best, best_length = x.clone(), x.new_ones(len(x))
     tau, ids = x.new_ones(len(x)), torch.arange(len(x), device=x.device)
     while len(ids):

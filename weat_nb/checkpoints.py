@@ -26,11 +26,11 @@ from .runs import write_file
 
 # %% ../nbs/parts/checkpoints.ipynb #3a19cee5
 class CheckpointError(ValueError):
-    "A file that does not hold what it should; the message names it, says what is wrong and what to do"
+    "A file does not hold what it should; the message names it, says what is wrong and what to do"
 
 # %% ../nbs/parts/checkpoints.ipynb #a46e44e6
 def _digest(tensors:Mapping[str, Tensor], metadata:Any)->str:
-    "SHA-256 of the metadata and of every tensor's name, type, shape and bytes, in the order of names"
+    "SHA-256 of the metadata and of every tensor's name, type, shape and bytes, in order of names"
     sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         t = tensors[name]
@@ -41,18 +41,21 @@ def _digest(tensors:Mapping[str, Tensor], metadata:Any)->str:
 # %% ../nbs/parts/checkpoints.ipynb #4db3a3f9
 def save_tensors(
     path:str|Path, # the file, usually *.safetensors; its folder is made if need be
-    tensors:Mapping[str, Tensor], # by name, on any device; half, bfloat16 and integers keep their type
+    tensors:Mapping[str, Tensor], # by name, on any device; half, bfloat16, integers keep their type
     metadata:Mapping[str, Any]|None = None, # anything JSON can hold
 )->Path: # path
     "Write tensors and metadata to a safetensors file, in one piece or not at all"
     path = Path(path)
-    wrong = [f"{name!r} is {type(t).__name__}" for name, t in tensors.items() if not isinstance(t, Tensor)]
+    wrong = [f"{name!r} is {type(t).__name__}" for name, t in tensors.items()
+             if not isinstance(t, Tensor)]
     if wrong:
-        raise TypeError(f"{path}: only tensors can be saved; {', '.join(wrong)}: other things go into metadata")
+        raise TypeError(f"{path}: only tensors can be saved; {', '.join(wrong)}: "
+                        "other things go into metadata")
     try:
         meta = json.loads(json.dumps(dict(metadata or {})))
     except (TypeError, ValueError) as e:
-        raise TypeError(f"{path}: metadata must be what JSON can hold, such as str(p) for a Path p ({e})") from e
+        raise TypeError(f"{path}: metadata must be what JSON can hold, "
+                        f"such as str(p) for a Path p ({e})") from e
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     note = json.dumps({"sha256": _digest(copies, meta), "metadata": meta})
     return write_file(path, safetensors.torch.save(copies, {"weat_nb": note}))
@@ -71,13 +74,17 @@ def _missing(path:Path)->FileNotFoundError:
 def _why_unreadable(path:Path, data:bytes, e:Exception)->CheckpointError:
     "What a file is that safetensors cannot read"
     is_safetensors = data[8:9] == b"{" # the header, behind its length
-    if not is_safetensors and data[:1] in (b"P", b"\x80"): # torch.save writes a zip archive, before 1.6 a bare pickle
-        return CheckpointError(f"{path} is a pickle (torch.save), and unpickling can run code, so it is not opened: "
-                               "where you trust it, convert it by torch.load(..., weights_only=True) and save_tensors")
+    # torch.save writes a zip archive, before 1.6 a bare pickle
+    if not is_safetensors and data[:1] in (b"P", b"\x80"):
+        return CheckpointError(f"{path} is a pickle (torch.save), and unpickling can run code, "
+                               "so it is not opened: where you trust it, convert it by "
+                               "torch.load(..., weights_only=True) and save_tensors")
     if data[:8] == b"version ":
-        return CheckpointError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
-    return CheckpointError(f"{path} is cut short, damaged or no safetensors file ({len(data):,} bytes; {e}): "
-                           "copy it again from its source, or go back to an older checkpoint")
+        return CheckpointError(f"{path} is a Git LFS pointer, not the weights: "
+                               "fetch them with `git lfs pull`")
+    return CheckpointError(f"{path} is cut short, damaged or no safetensors file "
+                           f"({len(data):,} bytes; {e}): copy it again from its source, "
+                           "or go back to an older checkpoint")
 
 # %% ../nbs/parts/checkpoints.ipynb #01431e53
 def load_tensors(
@@ -100,11 +107,13 @@ def load_tensors(
         note = json.loads(header.get("__metadata__", {})["weat_nb"])
         sha256, metadata = note["sha256"], note["metadata"]
     except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{path} is a safetensors file without this package's metadata: it was written by other "
-                              "software or is damaged; safetensors.torch.load_file reads it unchecked") from e
+        raise CheckpointError(f"{path} is a safetensors file without this package's metadata: "
+                              "it was written by other software or is damaged; "
+                              "safetensors.torch.load_file reads it unchecked") from e
     if _digest(tensors, metadata) != sha256:
-        raise CheckpointError(f"{path} is damaged: its content does not match the SHA-256 written with it; copy it "
-                              "again from its source, or go back to an older checkpoint")
+        raise CheckpointError(f"{path} is damaged: its content does not match the SHA-256 written "
+                              "with it; copy it again from its source, or go back "
+                              "to an older checkpoint")
     return {name: t.to(device) for name, t in tensors.items()}, metadata
 
 # %% ../nbs/parts/checkpoints.ipynb #c2f03194
@@ -123,7 +132,8 @@ def _to_dtype(name:str, t:Tensor, dtype:torch.dtype)->Tensor:
     cast = t.detach().to(dtype)
     lost = t[cast.isinf() & t.isfinite()]
     if lost.numel():
-        raise ValueError(f"{name!r} holds {lost[0]:.4g}, beyond the range of {dtype}: save in float32 or bfloat16")
+        raise ValueError(f"{name!r} holds {lost[0]:.4g}, beyond the range of {dtype}: "
+                         "save in float32 or bfloat16")
     return cast
 
 # %% ../nbs/parts/checkpoints.ipynb #540ad6c0
@@ -131,19 +141,22 @@ def save_checkpoint(
     path:str|Path, # the file, usually *.safetensors
     model:nn.Module, # from create_model, bare or inside DistributedDataParallel or torch.compile
     *,
-    metadata:Mapping[str, Any]|None = None, # whatever should travel with the weights: epoch, accuracy, run config
-    dtype:torch.dtype|None = None, # type to store floating-point tensors in: float16 halves the file; None: as they are
+    # whatever should travel with the weights: epoch, accuracy, run config
+    metadata:Mapping[str, Any]|None = None,
+    # type to store floating-point tensors in: float16 halves the file; None: as they are
+    dtype:torch.dtype|None = None,
 )->Path: # path
     "Write a model's weights, how to build it, and metadata"
     inner = _unwrap(model)
     config = getattr(inner, "config", None)
     if not isinstance(config, dict):
-        raise ValueError(f"{type(inner).__name__} has no config to rebuild it from: make models with create_model, "
-                         "or write bare weights by save_tensors")
+        raise ValueError(f"{type(inner).__name__} has no config to rebuild it from: "
+                         "make models with create_model, or write bare weights by save_tensors")
     tensors = inner.state_dict()
     if dtype is not None:
         if not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point type such as torch.float16, given {dtype}")
+            raise ValueError("dtype must be a floating-point type such as torch.float16, "
+                             f"given {dtype}")
         tensors = {name: _to_dtype(name, t, dtype) for name, t in tensors.items()}
     return save_tensors(path, tensors, {"config": config, "metadata": dict(metadata or {})})
 
@@ -151,15 +164,19 @@ def save_checkpoint(
 def _describe(config:Mapping[str, Any])->str:
     "A config in words"
     c, size, mean, std = (config.get(k) for k in ("in_channels", "image_size", "mean", "std"))
-    words = f"{config.get('arch')} for {config.get('num_classes')} classes, {c} channel{'s' * (c != 1)}, {size} pixels"
+    words = (f"{config.get('arch')} for {config.get('num_classes')} classes, "
+             f"{c} channel{'s' * (c != 1)}, {size} pixels")
     return words if mean is None else f"{words}, mean {mean}, std {std}"
 
 
-def _check_fits(path:Path, tensors:Mapping[str, Tensor], config:dict[str, Any], model:nn.Module)->None:
+def _check_fits(
+    path:Path, tensors:Mapping[str, Tensor], config:dict[str, Any], model:nn.Module,
+)->None:
     "Raise unless the file's weights are those of this very kind of model"
     own = getattr(model, "config", None)
     if isinstance(own, dict) and own != config:
-        raise CheckpointError(f"{path} holds {_describe(config)}; the model given is {_describe(own)}: "
+        raise CheckpointError(f"{path} holds {_describe(config)}; "
+                              f"the model given is {_describe(own)}: "
                               "give a model of the same config, or none to have it built")
     have, want = ({k: tuple(t.shape) for k, t in d.items()} for d in (tensors, model.state_dict()))
     differ = [f"{k} is {have.get(k, 'absent')} in the file, {want.get(k, 'absent')} in the model"
@@ -172,21 +189,24 @@ def _check_fits(path:Path, tensors:Mapping[str, Tensor], config:dict[str, Any], 
 # %% ../nbs/parts/checkpoints.ipynb #ce9075d8
 def load_checkpoint(
     path:str|Path, # a file that save_checkpoint wrote
-    model:nn.Module|None = None, # filled in place, keeping its device, type and mode; None: built from the file
+    # filled in place, keeping its device, type and mode; None: built from the file
+    model:nn.Module|None = None,
     device:str|torch.device = "cpu", # where a model is built
-)->tuple[nn.Module, dict[str, Any]]: # the model (one built here: float32, in eval mode), the caller's metadata
+    # the model (one built here: float32, in eval mode), the caller's metadata
+)->tuple[nn.Module, dict[str, Any]]:
     "Read a model; one that does not fit the file is refused before anything in it changes"
     path = Path(path)
     tensors, stored = load_tensors(path)
     if "config" not in stored:
-        raise CheckpointError(f"{path} holds tensors but no model: read it by load_tensors, or name a file that "
-                              "save_checkpoint wrote")
+        raise CheckpointError(f"{path} holds tensors but no model: read it by load_tensors, "
+                              "or name a file that save_checkpoint wrote")
     config = stored["config"]
     if model is None:
         try:
             built = create_model(**config, seed=0)
         except (TypeError, ValueError) as e:
-            raise CheckpointError(f"{path} describes a model this version cannot build ({e})") from e
+            raise CheckpointError(
+                f"{path} describes a model this version cannot build ({e})") from e
         model = built.to(device).eval()
     _check_fits(path, tensors, config, _unwrap(model))
     _unwrap(model).load_state_dict(tensors)

@@ -36,20 +36,25 @@ class ImageData:
 
     def __post_init__(self)->None:
         x, y, k = self.images, self.labels, len(self.classes)
-        if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4 or x.shape[2] != x.shape[3]:
-            raise ValueError(f'{self.name}: images must be uint8 (N, C, H, W) with H = W, given {_form(x)}')
+        if (not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4
+                or x.shape[2] != x.shape[3]):
+            raise ValueError(f'{self.name}: images must be uint8 (N, C, H, W) with H = W, '
+                             f'given {_form(x)}')
         if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1]:
-            raise ValueError(f'{self.name}: labels must be int64 ({len(x)},), one for each image, given {_form(y)}')
+            raise ValueError(f'{self.name}: labels must be int64 ({len(x)},), one for each image, '
+                             f'given {_form(y)}')
         if y.device != x.device:
             raise ValueError(f'{self.name}: images are on {x.device} but labels on {y.device}')
         if len(y) and not 0 <= y.min() <= y.max() < k:
-            raise ValueError(f'{self.name}: labels go from {y.min()} to {y.max()}, but {k} classes allow 0 to {k - 1}')
+            raise ValueError(f'{self.name}: labels go from {y.min()} to {y.max()}, '
+                             f'but {k} classes allow 0 to {k - 1}')
 
     def __len__(self)->int: return len(self.images)
 
     def __getitem__(self, index:slice|Tensor|Sequence[int])->'ImageData':
         if isinstance(index, int):
-            raise TypeError(f'an ImageData is cut by a slice or by indices: [[{index}]], not [{index}]')
+            raise TypeError('an ImageData is cut by a slice or by indices: '
+                            f'[[{index}]], not [{index}]')
         if not isinstance(index, slice): index = torch.as_tensor(index, device=self.images.device)
         return replace(self, images=self.images[index], labels=self.labels[index])
 
@@ -61,7 +66,8 @@ class ImageData:
 
     def sha256(self)->str: # 64 hexadecimal digits
         "SHA-256 of images and labels, wherever they lie"
-        return hashlib.sha256(self.images.cpu().numpy().tobytes() + self.labels.cpu().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self.images.cpu().numpy().tobytes()
+                              + self.labels.cpu().numpy().tobytes()).hexdigest()
 
     @property
     def num_classes(self)->int:
@@ -79,11 +85,13 @@ class ImageData:
     def __repr__(self)->str:
         n, c, h, w = self.images.shape
         where = self.images.device
-        return f'ImageData({self.name}: {n:,} images of {c}×{h}×{w}, {self.num_classes} classes, on {where})'
+        return (f'ImageData({self.name}: {n:,} images of {c}×{h}×{w}, '
+                f'{self.num_classes} classes, on {where})')
 
 def _form(x:Any)->str:
     "Type and shape of a tensor, in words"
-    return f'{str(x.dtype).removeprefix("torch.")} {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__
+    return (f'{str(x.dtype).removeprefix("torch.")} {tuple(x.shape)}' if isinstance(x, Tensor)
+            else type(x).__name__)
 
 # %% ../nbs/parts/data.ipynb #ad33bc15
 @dataclass(frozen=True)
@@ -110,12 +118,13 @@ DATASETS = {
 def load_dataset(
     name:str, # a key of `DATASETS`
     split:str, # "train" or "test"
-    root:str|os.PathLike|None = None, # folder of the datasets; None: `WEAT_DATA`, else the user's cache
+    root:str|os.PathLike|None = None, # folder of the data; None: `WEAT_DATA`, else the user's cache
 )->ImageData: # on the CPU
     "Load one split of a data set; what is not there yet is fetched"
     for what, given, allowed in (('dataset', name, DATASETS), ('split', split, ('train', 'test'))):
         if given not in allowed:
-            raise ValueError(f'{what} = {given!r} is not one of {", ".join(allowed)}{suggest(given, allowed)}')
+            raise ValueError(f'{what} = {given!r} is not one of {", ".join(allowed)}'
+                             f'{suggest(given, allowed)}')
     images, labels, classes = READERS[name](split == 'train', data_root(root))
     return ImageData(torch.from_numpy(images), torch.from_numpy(labels), classes, name)
 
@@ -124,7 +133,8 @@ def to_float(
     images:Tensor, # (B, C, H, W) uint8
 )->Tensor: # (B, C, H, W) float32 in [0, 1]
     "Bytes to float32 pixels in [0, 1]"
-    if images.dtype != torch.uint8: raise TypeError(f'to_float takes uint8 images, given {_form(images)}')
+    if images.dtype != torch.uint8:
+        raise TypeError(f'to_float takes uint8 images, given {_form(images)}')
     return images.to(torch.float32)/255
 
 def check_images(
@@ -134,15 +144,20 @@ def check_images(
     "Raise one clear error unless `x` is a batch of images that attacks and models can take"
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4:
         hint = '; use to_float' if isinstance(x, Tensor) and x.dtype == torch.uint8 else ''
-        raise ValueError(f'images must be a float tensor (B, C, H, W) in [0, 1], given {_form(x)}{hint}')
+        raise ValueError('images must be a float tensor (B, C, H, W) in [0, 1], '
+                         f'given {_form(x)}{hint}')
     if in_channels is not None and x.shape[1] != in_channels:
-        raise ValueError(f'images must be (B, {in_channels}, H, W), given {x.shape[1]} channels in {_form(x)}')
+        raise ValueError(f'images must be (B, {in_channels}, H, W), '
+                         f'given {x.shape[1]} channels in {_form(x)}')
     if not x.numel(): return
-    low, high = torch.stack(x.detach().aminmax()).tolist() # NaN and infinity survive; one wait for the device
+    # NaN and infinity survive; one wait for the device
+    low, high = torch.stack(x.detach().aminmax()).tolist()
     if 0 <= low and high <= 1: return
     if not np.isfinite([low, high]).all():
-        raise ValueError(f'images must be finite, given {int((~x.isfinite()).sum())} values that are NaN or infinite')
-    hint = 'what a model subtracts belongs inside the model' if low < 0 else 'divide by 255 if they are 8-bit values'
+        raise ValueError(f'images must be finite, given {int((~x.isfinite()).sum())} values '
+                         'that are NaN or infinite')
+    hint = ('what a model subtracts belongs inside the model' if low < 0
+            else 'divide by 255 if they are 8-bit values')
     raise ValueError(f'images must lie in [0, 1], given values from {low:g} to {high:g}; {hint}')
 
 # %% ../nbs/parts/data.ipynb #000e4ca2
@@ -155,7 +170,8 @@ def augment(
 )->Tensor: # like `images`
     "Random crop and horizontal flip of a batch, each image by itself"
     (b, c, h, w), device = images.shape, images.device
-    def draw(n:int, *size:int)->Tensor: return torch.randint(n, size, generator=generator, device=generator.device).to(device)
+    def draw(n:int, *size:int)->Tensor:
+        return torch.randint(n, size, generator=generator, device=generator.device).to(device)
     top, left = draw(2*pad + 1, 2, b, 1)
     mirrored = draw(2, b, 1) if flip else torch.zeros(b, 1, dtype=torch.int64, device=device)
     rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
@@ -176,21 +192,29 @@ def batches(
     drop_last:bool = False, # leave out a last batch that is not full
 )->Iterator[tuple[Tensor, Tensor]]: # x (B, C, H, W) float32 in [0, 1] and y (B,)
     "Go through the data once, in batches"
-    if batch_size < 1: raise ValueError(f'batch_size = {batch_size} is not allowed: it must be at least 1')
+    if batch_size < 1:
+        raise ValueError(f'batch_size = {batch_size} is not allowed: it must be at least 1')
     if pad < 0: raise ValueError(f'pad = {pad} is not allowed: it must be at least 0')
     if (pad or flip) and generator is None:
-        raise ValueError(f'pad = {pad} and flip = {flip} are random: give a generator, or pad=0 and flip=False')
+        raise ValueError(f'pad = {pad} and flip = {flip} are random: '
+                         'give a generator, or pad=0 and flip=False')
     return _batches(data, batch_size, generator, pad, flip, drop_last)
 
 # %% ../nbs/parts/data.ipynb #4125a4af
-def _batches(data:ImageData, batch_size:int, generator:torch.Generator|None, pad:int, flip:bool, drop_last:bool)->Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    data:ImageData, batch_size:int, generator:torch.Generator|None, pad:int, flip:bool,
+    drop_last:bool,
+)->Iterator[tuple[Tensor, Tensor]]:
     n, order = len(data), None
     if generator is not None:
-        order = torch.randperm(n, generator=generator, device=generator.device).to(data.images.device)
+        order = torch.randperm(n, generator=generator, device=generator.device).to(
+            data.images.device)
     for start in range(0, n - n%batch_size if drop_last else n, batch_size):
-        part = slice(start, start + batch_size) if order is None else order[start:start + batch_size]
+        part = (slice(start, start + batch_size) if order is None
+                else order[start:start + batch_size])
         images, labels = data.images[part], data.labels[part]
-        if generator is not None and (pad or flip): images = augment(images, generator, pad=pad, flip=flip)
+        if generator is not None and (pad or flip):
+            images = augment(images, generator, pad=pad, flip=flip)
         yield to_float(images), labels
 
 # %% ../nbs/parts/data.ipynb #9a99c2e4
@@ -201,7 +225,8 @@ def split_holdout(
 )->tuple[ImageData, ImageData]: # (rest, held_out)
     "Hold out `n` images, the classes in the proportions of the data"
     if not 1 <= n < len(data):
-        raise ValueError(f'{n} images cannot be held out of {len(data)}: at least 1, at most {len(data) - 1}')
+        raise ValueError(f'{n} images cannot be held out of {len(data)}: '
+                         f'at least 1, at most {len(data) - 1}')
     labels, generator = data.labels.cpu(), torch.Generator().manual_seed(seed)
     share = labels.bincount(minlength=data.num_classes)*n
     quota, remainder = share // len(data), share % len(data)
@@ -214,23 +239,30 @@ def split_holdout(
 
 # %% ../nbs/parts/data.ipynb #e9dce341
 def load_images(
-    path:str|os.PathLike, # an `.npz` with `image`, uint8 (N, H, W, C) or (N, C, H, W), and `label`, whole numbers (N,)
-    classes:Sequence[str]|None = None, # names of the classes; None numbers them from 0 to the largest label
+    # an `.npz` with `image`, uint8 (N, H, W, C) or (N, C, H, W), and `label`, whole numbers (N,)
+    path:str|os.PathLike,
+    # names of the classes; None numbers them from 0 to the largest label
+    classes:Sequence[str]|None = None,
 )->ImageData: # on the CPU, named like the file
     "Load synthesised images; arrays only, nothing is unpickled"
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f'no file of images at {path}')
     try:
-        with np.load(path, allow_pickle=False) as arrays: image, label = arrays['image'], arrays['label']
-    except (BadZipFile, KeyError, ValueError, OSError, EOFError, IndexError, AttributeError, TypeError) as error:
-        raise ValueError(f'{path} is not an .npz with plain arrays `image` and `label` ({error})') from None
+        with np.load(path, allow_pickle=False) as arrays:
+            image, label = arrays['image'], arrays['label']
+    except (BadZipFile, KeyError, ValueError, OSError, EOFError, IndexError, AttributeError,
+            TypeError) as error:
+        raise ValueError(f'{path} is not an .npz with plain arrays `image` and `label` '
+                         f'({error})') from None
     last = image.ndim == 4 and image.shape[3] in (1, 3)
-    if image.dtype != np.uint8 or image.ndim != 4 or not len(image) or not (last or image.shape[1] in (1, 3)):
-        raise ValueError(f'{path}: image must be uint8 (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, '
-                         f'given {image.dtype} {image.shape}')
+    if (image.dtype != np.uint8 or image.ndim != 4 or not len(image)
+            or not (last or image.shape[1] in (1, 3))):
+        raise ValueError(f'{path}: image must be uint8 (N, H, W, C) or (N, C, H, W) '
+                         f'with 1 or 3 channels, given {image.dtype} {image.shape}')
     if label.dtype.kind not in 'iu' or label.shape != image.shape[:1]:
-        raise ValueError(f'{path}: label must be whole numbers ({len(image)},), one for each image, '
-                         f'given {label.dtype} {label.shape}')
+        raise ValueError(f'{path}: label must be whole numbers ({len(image)},), '
+                         f'one for each image, given {label.dtype} {label.shape}')
     if last: image = np.ascontiguousarray(image.transpose(0, 3, 1, 2))
     classes = tuple(classes) if classes else tuple(map(str, range(int(label.max()) + 1)))
-    return ImageData(torch.from_numpy(image), torch.from_numpy(label.astype(np.int64)), classes, path.stem)
+    return ImageData(torch.from_numpy(image), torch.from_numpy(label.astype(np.int64)),
+                     classes, path.stem)

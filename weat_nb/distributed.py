@@ -73,7 +73,8 @@ def my_share(
     if p == 1: return batch
     if n % p:
         near = ' or '.join(str(m) for m in (n - n % p, n + p - n % p) if m)
-        raise ValueError(f'batch_size = {n} cannot be shared equally by num_processes = {p}: take {near}')
+        raise ValueError(f'batch_size = {n} cannot be shared equally by num_processes = {p}: '
+                         f'take {near}')
     return batch[rank()::p].contiguous()
 
 # %% ../nbs/parts/distributed.ipynb #c52822a4
@@ -92,8 +93,11 @@ def data_parallel(
 class _NormaliseTogether(torch.autograd.Function):
     "(x - m) / sqrt(v + eps) * weight + bias, with m and v over the batches of all processes"
     @staticmethod
-    def forward(ctx:Any, x:Tensor, weight:Tensor, bias:Tensor, eps:float)->tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)) # a mean over 10^5 values is no job for bf16
+    def forward(
+        ctx:Any, x:Tensor, weight:Tensor, bias:Tensor, eps:float,
+    )->tuple[Tensor, Tensor, Tensor, Tensor]:
+        # a mean over 10^5 values is no job for bf16
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
         mine = torch.cat([mean, var, mean.new_full((1,), x.numel()/x.shape[1])])
         everyone = [torch.empty_like(mine) for _ in range(world_size())]
@@ -113,7 +117,8 @@ class _NormaliseTogether(torch.autograd.Function):
         m, scale = mean[:, None, None], inverse_std[:, None, None]
         g_wide, x_hat = g.to(mean.dtype), (x.to(mean.dtype) - m)*scale
         sums = torch.stack([g_wide.sum((0, 2, 3)), (g_wide*x_hat).sum((0, 2, 3))])
-        g_bias, g_weight = sums.to(weight.dtype).clone().unbind() # of this process: data_parallel averages
+        # of this process: data_parallel averages
+        g_bias, g_weight = sums.to(weight.dtype).clone().unbind()
         dist.all_reduce(sums)
         mean_g, mean_gx = (sums/n)[..., None, None]
         g_x = (g_wide - mean_g - x_hat*mean_gx)*scale*weight.to(mean.dtype)[:, None, None]
@@ -121,13 +126,15 @@ class _NormaliseTogether(torch.autograd.Function):
 
 # %% ../nbs/parts/distributed.ipynb #90e9ebf3
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    "`nn.BatchNorm2d` whose statistics in training are those of the batches of all processes together"
+    "`nn.BatchNorm2d` whose training statistics are those of the batches of all processes together"
     def forward(self, x:Tensor)->Tensor: # (B, C, H, W) -> (B, C, H, W)
         if not self.training or world_size() == 1: return super().forward(x)
         self._check_input_dim(x)
         y, mean, var, n = _NormaliseTogether.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
-            assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None # `synchronise_batchnorm` refuses a layer without them
+            # `synchronise_batchnorm` refuses a layer without them
+            assert (self.running_mean is not None and self.running_var is not None
+                    and self.num_batches_tracked is not None)
             self.num_batches_tracked += 1
             share = self.momentum if self.momentum is not None else 1/self.num_batches_tracked
             self.running_mean.copy_(self.running_mean + share*(mean - self.running_mean))
@@ -141,7 +148,8 @@ def synchronise_batchnorm(
     for name, module in model.named_modules():
         if type(module) is not nn.BatchNorm2d: continue
         if not (module.affine and module.track_running_stats):
-            raise ValueError(f'{name} cannot be synchronised: it needs affine=True and track_running_stats=True')
+            raise ValueError(f'{name} cannot be synchronised: '
+                             'it needs affine=True and track_running_stats=True')
         module.__class__ = SyncBatchNorm2d # parameters, buffers, hooks and mode stay as they are
     return model
 
@@ -153,23 +161,28 @@ def _function(name:str)->Callable[..., Any]:
     "The function that 'package.module:function' names"
     module, _, function = str(name).partition(':')
     if not function or module == '__main__':
-        raise ValueError(f"function = {name!r} cannot be imported by a worker: name it 'package.module:function'")
+        raise ValueError(f"function = {name!r} cannot be imported by a worker: "
+                         "name it 'package.module:function'")
     return pkgutil.resolve_name(name)
 
 def _agent_store(env:Mapping[str, str])->dist.Store:
     "The table of names and values that the launcher keeps for its workers"
-    return dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), is_master=False, timeout=timedelta(minutes=5))
+    return dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), is_master=False,
+                         timeout=timedelta(minutes=5))
 
 def _worker(function:str, args:str, node_rank:int, device:str)->str:
     "What each process runs: join the others, call the function, leave"
-    signal.signal(signal.SIGINT, signal.SIG_DFL) # sent when the caller dies; Python's handler would sit out a long wait
+    # sent when the caller dies; Python's handler would sit out a long wait
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     local, per_node = int(os.environ['LOCAL_RANK']), int(os.environ['LOCAL_WORLD_SIZE'])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+             else os.cpu_count() or 1)
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS') or max(1, cores//per_node)))
     if device == 'cuda': torch.cuda.set_device(local)
     store = dist.PrefixStore(os.environ['WEAT_NB_START'], _agent_store(os.environ))
     # The machines meet in any order; process 0, which writes the files, belongs on node 0.
-    dist.init_process_group('nccl' if device == 'cuda' else 'gloo', store=store, rank=node_rank*per_node + local,
+    dist.init_process_group('nccl' if device == 'cuda' else 'gloo', store=store,
+                            rank=node_rank*per_node + local,
                             world_size=int(os.environ['WORLD_SIZE']), timeout=timedelta(minutes=30))
     result = _function(function)(*json.loads(args))
     try: text = json.dumps(result if is_main() else None)
@@ -189,13 +202,15 @@ class _Attempts(DefaultLogsSpecs):
             if (error := _error_in(self.root_log_dir)): raise error
             logging.getLogger(__name__).warning(
                 f"a process was lost; all {env['WORLD_SIZE']} start again from the last checkpoint "
-                f"(restart {env['TORCHELASTIC_RESTART_COUNT']} of {env['TORCHELASTIC_MAX_RESTARTS']})")
+                f"(restart {env['TORCHELASTIC_RESTART_COUNT']} "
+                f"of {env['TORCHELASTIC_MAX_RESTARTS']})")
         return super().reify(envs)
 
 def _error_in(folder:str)->WorkerError|None:
     "The first error that a worker made by itself, not for the loss of another"
     for file in sorted(Path(folder).rglob('error.json')): # in a folder named after the process
-        text, trace = (found := json.loads(file.read_text())['message'])['message'], found['extraInfo']['py_callstack']
+        text, trace = ((found := json.loads(file.read_text())['message'])['message'],
+                       found['extraInfo']['py_callstack'])
         if re.match('Dist(Backend|Network|Store)Error', text) or 'gloo' in text.lower(): continue
         error = WorkerError(f'process {file.parent.name} stopped with {text}')
         error.__cause__ = RuntimeError(trace)
@@ -204,22 +219,28 @@ def _error_in(folder:str)->WorkerError|None:
 
 @contextmanager
 def _caller_kept()->Iterator[None]:
-    "Keep signal handlers, loggers and `__main__` of the calling process out of the launcher's hands, or put them back"
-    main, names = sys.modules['__main__'], ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGQUIT') # Windows lacks some
-    handlers = {s: signal.getsignal(s) for s in (getattr(signal, n, None) for n in names) if s is not None}
+    "Keep the caller's signal handlers, loggers and `__main__` from the launcher, or put them back"
+    # Windows lacks some
+    main, names = sys.modules['__main__'], ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGQUIT')
+    handlers = {s: signal.getsignal(s)
+                for s in (getattr(signal, n, None) for n in names) if s is not None}
     noisy = ('distributed.elastic', 'distributed.launcher', 'multiprocessing')
     quiet = [logging.getLogger(f'torch.{name}') for name in noisy]
     before = [(log.propagate, log.handlers) for log in quiet]
     silence:list[logging.Handler] = [logging.NullHandler()]
     try:
         for log in quiet: log.propagate, log.handlers = False, silence
-        sys.modules['__main__'] = ModuleType('__main__') # without a file: spawn finds nothing to run again
+        # without a file: spawn finds nothing to run again
+        sys.modules['__main__'] = ModuleType('__main__')
         yield
     finally:
         sys.modules['__main__'] = main
-        for log, (propagate, theirs) in zip(quiet, before): log.propagate, log.handlers = propagate, theirs
-        if threading.current_thread() is threading.main_thread(): # elsewhere the launcher left them alone
-            for number, handler in handlers.items(): signal.signal(number, handler or signal.SIG_DFL)
+        for log, (propagate, theirs) in zip(quiet, before):
+            log.propagate, log.handlers = propagate, theirs
+        # elsewhere the launcher left them alone
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
 # %% ../nbs/parts/distributed.ipynb #97dcd055
 def launch(
@@ -229,25 +250,29 @@ def launch(
     num_processes:int, # on this machine
     num_nodes:int = 1, # machines
     node_rank:int = 0, # number of this machine, 0 … num_nodes - 1
-    rdzv_endpoint:str|None = None, # host:port on machine 0 where the machines meet; one machine needs none
+    rdzv_endpoint:str|None = None, # host:port on machine 0, where all meet; one machine needs none
     max_restarts:int = 3, # how often a lost process is made up for
     device:str = 'cpu', # cpu: the processes talk through gloo; cuda: nccl, one GPU each
 )->Any: # what process 0 returned, a JSON value; None on other machines than 0
-    "Run a function in many processes that can talk to each other, and start all again when one is killed"
+    "Run a function in many processes that can talk to each other; start all again if one is killed"
     check_launch(num_processes, num_nodes, node_rank, rdzv_endpoint, device)
-    if max_restarts < 0: raise ValueError(f'max_restarts = {max_restarts} is not allowed: it must be at least 0')
+    if max_restarts < 0:
+        raise ValueError(f'max_restarts = {max_restarts} is not allowed: it must be at least 0')
     _function(function)
     text, results, error, received = json.dumps(list(args)), {}, None, None
     with tempfile.TemporaryDirectory(prefix='weat_nb_') as folder:
         config = LaunchConfig(
-            min_nodes=num_nodes, max_nodes=num_nodes, nproc_per_node=num_processes, run_id='weat_nb',
-            rdzv_backend='c10d', rdzv_endpoint=rdzv_endpoint or '127.0.0.1:0',
+            min_nodes=num_nodes, max_nodes=num_nodes, nproc_per_node=num_processes,
+            run_id='weat_nb', rdzv_backend='c10d', rdzv_endpoint=rdzv_endpoint or '127.0.0.1:0',
             rdzv_configs=dict(is_host=node_rank == 0),
-            local_addr='127.0.0.1' if num_nodes == 1 else None, # looking up one's own name fails in many containers
+            # looking up one's own name fails in many containers
+            local_addr='127.0.0.1' if num_nodes == 1 else None,
             max_restarts=max_restarts, start_method='spawn', logs_specs=_Attempts(folder))
-        # Errors are raised further down: a traceback would hold the launcher, and the launcher its open port.
+        # Errors are raised further down: a traceback would hold the launcher,
+        # and the launcher its open port.
         try:
-            with _caller_kept(): results = elastic_launch(config, _worker)(function, text, node_rank, device)
+            with _caller_kept():
+                results = elastic_launch(config, _worker)(function, text, node_rank, device)
         except WorkerError: error = _error_in(folder)
         except ChildFailedError as e: error = _error_in(folder) or _gave_up(e, max_restarts)
         except SignalException as e: received = e.sigval
@@ -260,8 +285,11 @@ def _gave_up(failed:ChildFailedError, max_restarts:int)->WorkerError:
     "The last failure when nothing but lost processes was found"
     number, failure = failed.get_first_failure()
     if failure.exitcode < 0: what = f'was ended by {failure.signal_name()}'
-    else: what = 'lost another one' if isinstance(failure.message, dict) else f'ended with exit code {failure.exitcode}'
-    return WorkerError(f'process {number} {what}, and there were {max_restarts} restarts already; is memory short?')
+    else:
+        what = ('lost another one' if isinstance(failure.message, dict)
+                else f'ended with exit code {failure.exitcode}')
+    return WorkerError(f'process {number} {what}, and there were {max_restarts} restarts already; '
+                       'is memory short?')
 
 def check_launch(
     num_processes:int, # processes on this machine
@@ -273,12 +301,16 @@ def check_launch(
     "Refuse arguments of `launch` that could only end in waiting"
     gpus = torch.cuda.device_count() if device == 'cuda' else num_processes
     for wrong, message in (
-        (num_processes < 1, f'num_processes = {num_processes} is not allowed: it must be at least 1'),
+        (num_processes < 1,
+         f'num_processes = {num_processes} is not allowed: it must be at least 1'),
         (num_nodes < 1, f'num_nodes = {num_nodes} is not allowed: it must be at least 1'),
-        (not 0 <= node_rank < num_nodes, f'node_rank = {node_rank} is not allowed: it counts from 0 to num_nodes - 1'),
+        (not 0 <= node_rank < num_nodes,
+         f'node_rank = {node_rank} is not allowed: it counts from 0 to num_nodes - 1'),
         (num_nodes > 1 and not rdzv_endpoint,
          f'num_nodes = {num_nodes} needs rdzv_endpoint, host:port of a free port on machine 0'),
-        (num_processes*num_nodes > 1 and device not in ('cpu', 'cuda'), f'device = {device!r} cannot be shared by processes: cpu and cuda can'),
+        (num_processes*num_nodes > 1 and device not in ('cpu', 'cuda'),
+         f'device = {device!r} cannot be shared by processes: cpu and cuda can'),
         (num_processes > gpus,
-         f'num_processes = {num_processes} is not allowed: each needs a GPU of its own, and there are {gpus}')):
+         f'num_processes = {num_processes} is not allowed: each needs a GPU of its own, '
+         f'and there are {gpus}')):
         if wrong: raise ValueError(message)

@@ -29,12 +29,17 @@ from .verdicts import Interval, bootstrap_interval, difference_interval
 # %% ../nbs/05_dynamics.ipynb #182a880e
 def read_snapshots(
     run_dir:str|Path, # the folder of a run that took snapshots
-)->dict[int, dict[str, Tensor]]: # epoch -> (N,) tensors: what `measure_energies` gives, labels, indices
+    # epoch -> (N,) tensors: what `measure_energies` gives, labels, indices
+)->dict[int, dict[str, Tensor]]:
     "The snapshots of a run, in the order of epochs"
     files = sorted(Path(run_dir).glob('snapshots/epoch_*.safetensors'))
-    if not files: raise FileNotFoundError(f'{run_dir} holds no snapshots: train with fit(..., snapshots=range(0, epochs + 1, 5)) or -p snapshot_every 5')
+    if not files:
+        raise FileNotFoundError(
+            f'{run_dir} holds no snapshots: train with '
+            'fit(..., snapshots=range(0, epochs + 1, 5)) or -p snapshot_every 5')
     found = [load_tensors(file) for file in files]
-    return {metadata['epoch']: tensors for tensors, metadata in sorted(found, key=lambda f: f[1]['epoch'])}
+    return {metadata['epoch']: tensors
+            for tensors, metadata in sorted(found, key=lambda f: f[1]['epoch'])}
 
 def snapshot_history(
     snapshots:dict[int, dict[str, Tensor]], # of `read_snapshots`
@@ -47,9 +52,11 @@ def drift(
     measured:dict[str, Tensor], # a snapshot
 )->tuple[Tensor, Tensor]: # (N, 2) each, nats: bases (E(x), E(x, y)) and tips (E(x*), E(x*, y))
     "Where the attack takes every image in the plane of the two energies (supplement, Fig. E)"
-    base, tip = (torch.stack([measured[f'energy_{s}'], measured[f'joint_{s}']], dim=1) for s in ('nat', 'adv'))
+    base, tip = (torch.stack([measured[f'energy_{s}'], measured[f'joint_{s}']], dim=1)
+                 for s in ('nat', 'adv'))
     if bool((base[:, 1] < base[:, 0]).any() or (tip[:, 1] < tip[:, 0]).any()):
-        raise ValueError('an image lies below the identity line: E(x, y) < E(x) is a negative cross-entropy, so these are not the energies of one set of logits')
+        raise ValueError('an image lies below the identity line: E(x, y) < E(x) is a negative '
+                         'cross-entropy, so these are not the energies of one set of logits')
     return base, tip
 
 # %% ../nbs/05_dynamics.ipynb #bbdfd85c
@@ -70,10 +77,11 @@ def plot_scatter(
     snapshots:dict[int, dict[str, Tensor]], # epoch -> snapshot
     epochs:Sequence[int], # which to show, one a column
 )->Any: # the figure
-    "E(x, y) against E(x), natural above, attacked below, all panels on the same axes (supplement, Fig. D)"
+    "E(x, y) against E(x), natural above, attacked below, all on the same axes (supplement, Fig. D)"
     import matplotlib.pyplot as plt
     xlim, ylim = _limits([snapshots[e] for e in epochs])
-    fig, panels = plt.subplots(2, len(epochs), figsize=(3*len(epochs), 5.4), layout='constrained', sharex=True, sharey=True, squeeze=False)
+    fig, panels = plt.subplots(2, len(epochs), figsize=(3*len(epochs), 5.4), layout='constrained',
+                               sharex=True, sharey=True, squeeze=False)
     for column, epoch in zip(panels.T, epochs):
         for ax, points, name in zip(column, drift(snapshots[epoch]), ('natural', 'attacked')):
             ax.scatter(*points.T.numpy(), s=7, alpha=.5, lw=0, color=COLOURS[name])
@@ -87,8 +95,10 @@ def plot_drift(
     measured:dict[str, Tensor], # a snapshot
     classes:Sequence[str]|None = None, # colour by class, with these names; None: by intensity
     *,
-    limits:tuple[tuple[float, float], tuple[float, float]]|None = None, # of both axes; None: those of the points
-    longest:float|None = None, # intensity at the end of the colour scale, nats; None: the longest arrow
+    # of both axes; None: those of the points
+    limits:tuple[tuple[float, float], tuple[float, float]]|None = None,
+    # intensity at the end of the colour scale, nats; None: the longest arrow
+    longest:float|None = None,
     ax:Any = None, # where to draw
 )->Any: # the arrows
     "An arrow from every natural image to its attacked version (supplement, Fig. E)"
@@ -97,8 +107,12 @@ def plot_drift(
     move = (tip - base).numpy()
     intensity = np.hypot(*move.T)
     if classes is None: colour = dict(cmap='viridis', clim=(0, longest or float(intensity.max())))
-    else: colour = dict(cmap='tab10' if len(classes) <= 10 else 'nipy_spectral', clim=(-.5, max(len(classes), 10) - .5))
-    arrows = ax.quiver(*base.T.numpy(), *move.T, intensity if classes is None else measured['labels'].numpy(), angles='xy', scale_units='xy', scale=1, width=.004, headwidth=4, alpha=.8, **colour)
+    else: colour = dict(cmap='tab10' if len(classes) <= 10 else 'nipy_spectral',
+                        clim=(-.5, max(len(classes), 10) - .5))
+    arrows = ax.quiver(*base.T.numpy(), *move.T,
+                       intensity if classes is None else measured['labels'].numpy(),
+                       angles='xy', scale_units='xy', scale=1, width=.004, headwidth=4, alpha=.8,
+                       **colour)
     _identity(ax, *(limits or _limits([measured])))
     ax.set(ylabel='$E(x, y)$ (nats)')
     return arrows
@@ -127,17 +141,21 @@ def animate_drift(
         frames.append(Image.open(buffer).convert('P', palette=Image.Palette.ADAPTIVE, colors=64))
     plt.close(fig)
     out = BytesIO()
-    frames[0].save(out, format='GIF', save_all=True, append_images=frames[1:], duration=[int(1000*seconds)]*(len(frames) - 1) + [int(3000*seconds)], loop=0, optimize=True)
+    frames[0].save(out, format='GIF', save_all=True, append_images=frames[1:],
+                   duration=[int(1000*seconds)]*(len(frames) - 1) + [int(3000*seconds)],
+                   loop=0, optimize=True)
     return out.getvalue()
 
 # %% ../nbs/05_dynamics.ipynb #e2f1d8ed
 @lru_cache(maxsize=8)
 def _lines(t:tuple[float, ...], least:int)->tuple[list[tuple[int, int]], np.ndarray]:
-    "All pairs of joints (as positions), and an orthonormal basis (points, 4) of the lines with them"
-    joints = [(i, j) for i in range(least - 1, len(t) - 2*least + 2) for j in range(i + least - 1, len(t) - least + 1)]
+    "All pairs of joints (as positions) and an orthonormal basis (points, 4) of the lines with them"
+    joints = [(i, j) for i in range(least - 1, len(t) - 2*least + 2)
+              for j in range(i + least - 1, len(t) - least + 1)]
     x, (first, second) = np.array(t), np.array(t)[np.array(joints).T][..., None]
     ones = np.ones((len(joints), len(t)))
-    return joints, np.linalg.qr(np.stack([ones, ones*x, np.maximum(x - first, 0), np.maximum(x - second, 0)], axis=2))[0]
+    return joints, np.linalg.qr(np.stack([ones, ones*x, np.maximum(x - first, 0),
+                                          np.maximum(x - second, 0)], axis=2))[0]
 
 def _three_pieces(t:np.ndarray, v:np.ndarray, least:int)->tuple[np.ndarray, tuple[int, int]]:
     "Fitted values and joints (as positions) of the best continuous line of three pieces"
@@ -152,18 +170,22 @@ def find_phases(
     *,
     least:int = 3, # points of a phase
     flat:float = .5, # the second slope may be this share of the others
-)->dict[str, Any]: # found; joints: epochs at which phases 2 and 3 begin; slopes of the three pieces, nats an epoch; fitted values
-    "The three phases of ΔE (Section 3.2): steep, flat, steep; `found` is False where the curve has another form"
+    # found; joints: epochs at which phases 2 and 3 begin;
+    # slopes of the three pieces, nats an epoch; fitted values
+)->dict[str, Any]:
+    "The three phases of ΔE (Section 3.2): steep, flat, steep; `found` is False for any other form"
     t, v = np.asarray(epochs, float), np.asarray(delta, float)
     if len(t) != len(v) or len(t) < 3*least or (np.diff(t) <= 0).any():
-        raise ValueError(f'three phases of {least} points need at least {3*least} values at ascending epochs, given {len(v)} values at {len(t)} epochs')
+        raise ValueError(f'three phases of {least} points need at least {3*least} values at '
+                         f'ascending epochs, given {len(v)} values at {len(t)} epochs')
     fitted, (i, j) = _three_pieces(t, v, least)
     change = np.abs(np.diff(fitted[[0, i, j, -1]]))
     slope = np.diff(fitted[[0, i, j, -1]])/np.diff(t[[0, i, j, -1]])
     noise = np.sqrt(((fitted - v)**2).sum()/max(len(t) - 6, 1)) # six numbers are fitted
     steep = np.abs(slope[[0, 2]])
     found = bool(abs(slope[1]) <= flat*steep.min() and change[[0, 2]].min() > 3*noise + 1e-9)
-    return dict(found=found, joints=(int(t[i]), int(t[j])), slopes=slope.tolist(), fitted=fitted.tolist())
+    return dict(found=found, joints=(int(t[i]), int(t[j])), slopes=slope.tolist(),
+                fitted=fitted.tolist())
 
 def robust_overfitting(
     epochs:Sequence[int], # ascending
@@ -173,10 +195,13 @@ def robust_overfitting(
     *,
     window:int = 3, # epochs of the running median
 )->int|None: # epoch at which it begins; None: it does not occur
-    "Where the robust error on held-out images turns upwards for good, while that on training images does not"
+    "Where the robust error turns upwards for good on held-out images, but not on training images"
     e = np.asarray(error, float)
-    if len(e) != len(epochs) or len(e) < 2*window: raise ValueError(f'at least {2*window} values are needed, one an epoch, given {len(e)} values at {len(epochs)} epochs')
-    smooth = np.median(np.lib.stride_tricks.sliding_window_view(e, window), axis=1) # entry i: epochs i … i + window - 1
+    if len(e) != len(epochs) or len(e) < 2*window:
+        raise ValueError(f'at least {2*window} values are needed, one an epoch, '
+                         f'given {len(e)} values at {len(epochs)} epochs')
+    # entry i: epochs i … i + window - 1
+    smooth = np.median(np.lib.stride_tricks.sliding_window_view(e, window), axis=1)
     low = int(smooth.argmin())
     p, begins = smooth[low]/100, int(epochs[low + window//2])
     if smooth[-1] - smooth[low] <= 200*np.sqrt(p*(1 - p)/num_images): return None
@@ -210,7 +235,7 @@ class DivergenceWarning(UserWarning):
     "ΔE(x) has left the level it had"
 
 class EnergyMonitor:
-    "Follows the mean of ΔE(x) over epochs and warns when it diverges: catastrophic or robust overfitting sets in"
+    "Follows mean ΔE(x) by epoch and warns when it diverges: catastrophic or robust overfitting"
     def __init__(self,
         ratio:float = 2., # warn beyond this many times the usual level
         floor:float = .1, # levels below this are usual, nats
@@ -218,7 +243,8 @@ class EnergyMonitor:
         window:int = 5, # calls after these, whose median is the usual level
     ):
         self.ratio, self.floor, self.warmup, self.window = ratio, floor, warmup, window
-        self.history:list[dict[str, float]] = [] # an entry an epoch: epoch, delta (nats), robust (accuracy on attacked images, percent)
+        # an entry an epoch: epoch, delta (nats), robust (accuracy on attacked images, percent)
+        self.history:list[dict[str, float]] = []
         self.warned:int|None = None # epoch of the warning
         self._clear()
 
@@ -239,8 +265,11 @@ class EnergyMonitor:
         epoch:int|None = None, # its number, for history and warning; None: calls are counted
     )->float: # mean ΔE(x) of the epoch, nats
         "Close the epoch; the first divergence is a `DivergenceWarning`"
-        if not self._images: raise ValueError('step() closes an epoch, and this one had no images: call update(logits, logits_adv, y) before it')
-        now = dict(epoch=len(self.history) + 1 if epoch is None else epoch, delta=self._delta/self._images, robust=100*self._right/self._images)
+        if not self._images:
+            raise ValueError('step() closes an epoch, and this one had no images: '
+                             'call update(logits, logits_adv, y) before it')
+        now = dict(epoch=len(self.history) + 1 if epoch is None else epoch,
+                   delta=self._delta/self._images, robust=100*self._right/self._images)
         usual = [abs(h['delta']) for h in self.history[self.warmup:self.warmup + self.window]]
         self.history.append(now)
         self._clear()
@@ -249,8 +278,11 @@ class EnergyMonitor:
             self.warned = int(now['epoch'])
             best = max(h['robust'] for h in self.history)
             kind = 'catastrophic' if now['robust'] < best/2 else 'robust'
-            warnings.warn(f"epoch {self.warned}: mean ΔE(x) is {now['delta']:.3g} nats, more than {self.ratio:g} times its usual size of {level:.3g}; accuracy under attack is "
-                          f"{now['robust']:.1f} %, at best it was {best:.1f} %: {kind} overfitting sets in", DivergenceWarning, stacklevel=2)
+            warnings.warn(
+                f"epoch {self.warned}: mean ΔE(x) is {now['delta']:.3g} nats, more than "
+                f"{self.ratio:g} times its usual size of {level:.3g}; accuracy under attack is "
+                f"{now['robust']:.1f} %, at best it was {best:.1f} %: {kind} overfitting sets in",
+                DivergenceWarning, stacklevel=2)
         return now['delta']
 
     def state_dict(self)->dict[str, Any]: # plain numbers and lists

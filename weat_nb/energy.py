@@ -23,7 +23,8 @@ def _checked_logits(
         raise TypeError(f'{name} must be a floating-point tensor (B, K), given {given}')
     if logits.ndim != 2 or logits.shape[1] == 0:
         hint = '; for a single image use logits[None]' if logits.ndim == 1 else ''
-        raise ValueError(f'{name} must have shape (B, K), a row for each image, given {tuple(logits.shape)}{hint}')
+        raise ValueError(f'{name} must have shape (B, K), a row for each image, '
+                         f'given {tuple(logits.shape)}{hint}')
     return logits if logits.dtype == torch.float64 else logits.float()
 
 def _check_labels(
@@ -36,9 +37,11 @@ def _check_labels(
         raise TypeError(f'y must be an int64 tensor of class indices, given {given}; use y.long(), '
                         'or y.argmax(1) for one-hot rows')
     if y.shape != logits.shape[:1]:
-        raise ValueError(f'y must have shape ({len(logits)},), a label for each row of logits, given {tuple(y.shape)}')
+        raise ValueError(f'y must have shape ({len(logits)},), a label for each row of logits, '
+                         f'given {tuple(y.shape)}')
     if y.device != logits.device:
-        raise ValueError(f'y is on {y.device} and the logits are on {logits.device}; use y.to(logits.device)')
+        raise ValueError(f'y is on {y.device} and the logits are on {logits.device}; '
+                         'use y.to(logits.device)')
 
 # %% ../nbs/00_energy.ipynb #c108c4ec
 def joint_energy(
@@ -58,7 +61,7 @@ def joint_energy(
 def marginal_energy(
     logits:Tensor, # (B, K) unnormalised class scores
 )->Tensor: # (B,) energies in nats; lower means likelier under the model
-    "Marginal energy $E_\\theta(\\mathbf{x}) = -\\log\\sum_k \\exp\\theta(\\mathbf{x})[k]$ (supplement A.5)"
+    r"Marginal energy $E_\theta(\mathbf{x}) = -\log\sum_k \exp\theta(\mathbf{x})[k]$ (suppl. A.5)"
     return -_checked_logits(logits).logsumexp(dim=1)
 
 # %% ../nbs/00_energy.ipynb #f6cc68a7
@@ -67,17 +70,17 @@ def delta_energy(
     logits_adv:Tensor, # (B, K) logits of the adversarial images x*, same order
     y:Tensor|None = None, # (B,) int64 labels for the joint energy; without them the marginal energy
 )->Tensor: # (B,) in nats; negative means the adversarial image has the higher energy
-    "$\\Delta E = E_\\theta(\\mathbf{x}) - E_\\theta(\\mathbf{x}^\\star)$ (Eq. 2), of joint energies if `y` is given"
+    r"$\Delta E = E_\theta(\mathbf{x}) - E_\theta(\mathbf{x}^\star)$ (Eq. 2), joint ones given `y`"
     z, z_adv = _checked_logits(logits), _checked_logits(logits_adv, 'logits_adv')
     if z.shape != z_adv.shape:
-        raise ValueError(f'logits {tuple(z.shape)} and logits_adv {tuple(z_adv.shape)} must have the same shape: '
-                         'row i of both is image i')
+        raise ValueError(f'logits {tuple(z.shape)} and logits_adv {tuple(z_adv.shape)} must have '
+                         'the same shape: row i of both is image i')
     if y is None: return marginal_energy(z) - marginal_energy(z_adv)
     return joint_energy(z, y) - joint_energy(z_adv, y)
 
 # %% ../nbs/00_energy.ipynb #3c0b235f
 def energy_weight(
-    energy:Tensor, # (B,) marginal energies in nats; detach them where the weight should not be trained
+    energy:Tensor, # (B,) marginal energies in nats; detach where the weight should not be trained
 )->Tensor: # (B,) weights in (0, 1.4427], largest at zero energy, not normalised
     "Weight of a sample $w = 1/\\log(1 + \\exp|E|)$ (Eq. 7)"
     if not isinstance(energy, Tensor) or not energy.is_floating_point():

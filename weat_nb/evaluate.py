@@ -45,7 +45,8 @@ from .step import exact_float32
 from .train import from_protocol
 
 # %% ../nbs/09_evaluate.ipynb #9d2bbe9f
-AUTOATTACK = {'apgd-ce': 100, 'apgd-t': 900, 'fab-t': 900, 'square': 5000} # version standard: the iterations of each part, in the order in which they run
+# version standard: the iterations of each part, in the order in which they run
+AUTOATTACK = {'apgd-ce': 100, 'apgd-t': 900, 'fab-t': 900, 'square': 5000}
 
 def describe_attack(
     name:str, # clean, pgd-20 (or another number of steps), cw, autoattack
@@ -56,17 +57,22 @@ def describe_attack(
     "What the name of an attack stands for"
     if name == 'clean': return {}
     if re.fullmatch(r'pgd-[1-9]\d*', name):
-        return dict(norm='linf', eps=eps, loss='ce', start='uniform', steps=int(name[4:]), step_size=step_size)
-    if name == 'cw': return dict(norm='linf', eps=eps, loss='cw-linf', steps=10, initial_const=1., largest_const=1.1)
+        return dict(norm='linf', eps=eps, loss='ce', start='uniform', steps=int(name[4:]),
+                    step_size=step_size)
+    if name == 'cw':
+        return dict(norm='linf', eps=eps, loss='cw-linf', steps=10, initial_const=1.,
+                    largest_const=1.1)
     if name == 'autoattack': return dict(norm='linf', eps=eps, version='standard', parts=AUTOATTACK)
-    raise ValueError(f'attack {name!r} is not one of clean, pgd-20 (or another number of steps), cw, autoattack'
-                     f'{suggest(name, ("clean", "pgd-20", "cw", "autoattack"))}')
+    raise ValueError(f'attack {name!r} is not one of clean, pgd-20 (or another number of steps), '
+                     f'cw, autoattack{suggest(name, ("clean", "pgd-20", "cw", "autoattack"))}')
 
 # %% ../nbs/09_evaluate.ipynb #38ffcf60
 def _start_noise(indices:Tensor, shape:Sequence[int], seed:int)->Tensor:
     "Uniform noise (B, *shape) in [0, 1); each image's own, whatever the batch"
-    seeds = [int.from_bytes(hashlib.sha256(f'{seed} {i}'.encode()).digest()[:7], 'little') for i in indices.tolist()]
-    return torch.stack([torch.rand(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    seeds = [int.from_bytes(hashlib.sha256(f'{seed} {i}'.encode()).digest()[:7], 'little')
+             for i in indices.tolist()]
+    return torch.stack([torch.rand(*shape, generator=torch.Generator().manual_seed(s))
+                        for s in seeds])
 
 @contextmanager
 def _logged(logger:logging.Logger)->Iterator[list[str]]:
@@ -99,33 +105,43 @@ def attack_batch(
         with torch.enable_grad():
             z = x.clone().requires_grad_()
             logits = model(z)
-            if not logits.isfinite().all(): raise FloatingPointError("the model's logits at the natural images are NaN or infinite: there is nothing to evaluate")
-            gradient = torch.autograd.grad(F.cross_entropy(logits, y, reduction='sum'), z)[0] if logits.requires_grad else torch.zeros_like(z)
+            if not logits.isfinite().all():
+                raise FloatingPointError("the model's logits at the natural images are NaN or "
+                                         'infinite: there is nothing to evaluate')
+            gradient = (torch.autograd.grad(F.cross_entropy(logits, y, reduction='sum'), z)[0]
+                        if logits.requires_grad else torch.zeros_like(z))
         broken = logits.argmax(1) != y
-        return dict(broken=broken, zero_gradients=int(((gradient == 0).flatten(1).all(1) & ~broken).sum()))
+        return dict(broken=broken,
+                    zero_gradients=int(((gradient == 0).flatten(1).all(1) & ~broken).sum()))
     eps = settings['eps']
     if part == 'pgd':
         start = x + eps*(2*_start_noise(indices, x.shape[1:], seed).to(x) - 1)
-        return dict(broken=_wrong(model, pgd(model, x, y, eps=eps, step_size=settings['step_size'], steps=settings['steps'], start=start), y))
+        return dict(broken=_wrong(model, pgd(model, x, y, eps=eps, step_size=settings['step_size'],
+                                             steps=settings['steps'], start=start), y))
     if part == 'cw':
-        x_adv = attack('cw-linf', model, x, y, **{k: settings[k] for k in ('steps', 'initial_const', 'largest_const')})
+        x_adv = attack('cw-linf', model, x, y,
+                       **{k: settings[k] for k in ('steps', 'initial_const', 'largest_const')})
         wrong, distance = _wrong(model, x_adv, y), (x_adv - x).abs().flatten(1).amax(1)
-        return dict(broken=wrong & (distance <= eps + 1e-6), distances=[round(d, 6) for d in distance[wrong].tolist()])
+        return dict(broken=wrong & (distance <= eps + 1e-6),
+                    distances=[round(d, 6) for d in distance[wrong].tolist()])
     from pyautoattack import AutoAttack
     run = AutoAttack(model, device=x.device, eps=eps, norm='Linf', seed=seed, version='standard')
     run.attacks_to_run = [part]
     with _logged(run.logger) as notes, kept_rng():
         _, y_adv = run.run_standard_evaluation(x, y, batch_size=len(x))
-    return dict(broken=y_adv != y, notes=[n for n in notes if 'zero gradient' not in n]) # those are counted in `clean`
+    # zero gradients are counted in `clean`
+    return dict(broken=y_adv != y, notes=[n for n in notes if 'zero gradient' not in n])
 
 @torch.no_grad()
-def _wrong(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor)->Tensor: return model(x).argmax(1) != y
+def _wrong(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor)->Tensor:
+    return model(x).argmax(1) != y
 
 # %% ../nbs/09_evaluate.ipynb #aa69d5e1
 def weights_sha256(
     model:nn.Module, # any module
 )->str: # 64 hexadecimal digits
-    "SHA-256 of the weights and buffers as they are computed with, in the order of names; those that no checkpoint holds, such as the mean of the pixels, included"
+    """SHA-256 of the weights and buffers as they are computed with, in the order of names;
+    those that no checkpoint holds, such as the mean of the pixels, included"""
     sha = hashlib.sha256()
     for name, t in sorted(model_tensors(model).items()):
         sha.update(f'{name} {t.dtype} {tuple(t.shape)}\n'.encode())
@@ -135,22 +151,32 @@ def weights_sha256(
 # %% ../nbs/09_evaluate.ipynb #1c818402
 _FORMAT = 'weat_nb evaluation 1'
 
-def _open_state(path:str|Path|None, identity:dict[str, Any], settings:dict[str, dict[str, Any]])->dict[str, Any]:
+def _open_state(path:str|Path|None, identity:dict[str, Any],
+                settings:dict[str, dict[str, Any]])->dict[str, Any]:
     "A new state, or the one in the file if it is of the same evaluation"
     state:dict[str, Any] = dict(format=_FORMAT, identity=identity, attacks={})
     file = None if path is None else Path(path)
     if file is not None and file.exists():
         try: found = json.loads(file.read_text(encoding='utf-8'))
-        except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f'{path} is no state of an evaluation ({e}): name another state') from e
-        if not isinstance(found, dict) or found.get('format') != _FORMAT: raise ValueError(f'{path} is no state of an evaluation ({_FORMAT}): name another state')
+        except (UnicodeDecodeError, json.JSONDecodeError) as e:
+            raise ValueError(f'{path} is no state of an evaluation ({e}): '
+                             'name another state') from e
+        if not isinstance(found, dict) or found.get('format') != _FORMAT:
+            raise ValueError(f'{path} is no state of an evaluation ({_FORMAT}): name another state')
         if other := differences(found['identity'], identity):
-            raise ValueError(f'{path} is the state of another evaluation ({other}): name another state, or give the same model, data and settings')
+            raise ValueError(f'{path} is the state of another evaluation ({other}): '
+                             'name another state, or give the same model, data and settings')
         for name in settings:
-            if name in found['attacks'] and (other := differences(found['attacks'][name]['settings'], settings[name])):
-                raise ValueError(f'{path} holds another evaluation of {name} ({other}): name another state, or give the same settings')
+            if name in found['attacks'] and (other := differences(
+                    found['attacks'][name]['settings'], settings[name])):
+                raise ValueError(f'{path} holds another evaluation of {name} ({other}): '
+                                 'name another state, or give the same settings')
         state = found
-        for half in file.parent.glob(f'.{file.name}.????????.part'): half.unlink() # a killed writer leaves half a file
-    for name in settings: state['attacks'].setdefault(name, dict(settings=settings[name], batch_size=None, batches={}))
+        for half in file.parent.glob(f'.{file.name}.????????.part'):
+            half.unlink() # a killed writer leaves half a file
+    for name in settings:
+        state['attacks'].setdefault(
+            name, dict(settings=settings[name], batch_size=None, batches={}))
     return state
 
 # %% ../nbs/09_evaluate.ipynb #ba492314
@@ -166,30 +192,37 @@ def attack_passes(
     if name == 'cw': return {'cw': 500}
     return {'pgd': 2*settings['steps'] + 1}
 
-def _run_attack(entry:dict[str, Any], batch_size:int|None, start:Tensor, attack_images:Callable, parts:Sequence[str], save:Callable, device:str)->dict[str, Tensor]:
+def _run_attack(entry:dict[str, Any], batch_size:int|None, start:Tensor, attack_images:Callable,
+                parts:Sequence[str], save:Callable, device:str)->dict[str, Tensor]:
     "Run what is missing of one attack; which images (N,) are left after each of its parts"
     first = min(batch_size or _BATCH_SIZES[device], max(len(start), 1))
     if batch_size and entry['batch_size'] not in (None, first):
-        raise ValueError(f"the state holds batches of {entry['batch_size']} images, given batch_size = {batch_size}: leave batch_size out, or name another state")
+        raise ValueError(f"the state holds batches of {entry['batch_size']} images, given "
+                         f'batch_size = {batch_size}: leave batch_size out, or name another state')
     entry['batch_size'] = entry['batch_size'] or first
     while True:
         left, after = start.clone(), {}
         try:
             for part in parts:
                 indices_left = left.nonzero().flatten()
-                for k, indices in enumerate(indices_left.split(entry['batch_size']) if len(indices_left) else ()):
+                for k, indices in enumerate(indices_left.split(entry['batch_size'])
+                                            if len(indices_left) else ()):
                     key = f'{part}/{k}'
                     if key not in entry['batches']:
                         begun = time.perf_counter()
                         found = attack_images(part, indices, left)
-                        entry['batches'][key] = {**found, 'broken': indices[found['broken'].cpu()].tolist(), 'seconds': round(time.perf_counter() - begun, 3)}
+                        entry['batches'][key] = {
+                            **found, 'broken': indices[found['broken'].cpu()].tolist(),
+                            'seconds': round(time.perf_counter() - begun, 3)}
                         save()
                     left[entry['batches'][key]['broken']] = False
                 after[part] = left.clone()
             return after
         except torch.OutOfMemoryError as e:
             if batch_size or entry['batch_size'] == 1:
-                raise MemoryError(f"a batch of {entry['batch_size']} images does not fit into the device's memory: give a smaller batch_size, or None to have it found") from e
+                raise MemoryError(f"a batch of {entry['batch_size']} images does not fit into the "
+                                  "device's memory: give a smaller batch_size, "
+                                  'or None to have it found') from e
         entry['batch_size'] //= 2
         entry['batches'].clear()
         if device == 'cuda': torch.cuda.empty_cache()
@@ -201,27 +234,34 @@ def hardware(
     "The machine in words"
     cpu = platform.processor() or platform.machine()
     info = Path('/proc/cpuinfo')
-    if info.exists() and (found := re.search(r'model name\s*:\s*(.+)', info.read_text())): cpu = found[1].strip()
-    words = f'{os.cpu_count()} cores of {cpu}, {torch.get_num_threads()} thread{"s"*(torch.get_num_threads() > 1)}'
-    return f'{torch.cuda.get_device_name(device)}, {words}' if torch.device(device).type == 'cuda' else words
+    if info.exists() and (found := re.search(r'model name\s*:\s*(.+)', info.read_text())):
+        cpu = found[1].strip()
+    words = (f'{os.cpu_count()} cores of {cpu}, '
+             f'{torch.get_num_threads()} thread{"s"*(torch.get_num_threads() > 1)}')
+    return (f'{torch.cuda.get_device_name(device)}, {words}'
+            if torch.device(device).type == 'cuda' else words)
 
 def _versions()->dict[str, str]:
     "What was computed with"
     return dict(weat_nb=__version__, python=platform.python_version(), torch=torch.__version__)
 
-def _result(name:str, entry:Mapping[str, Any], after:Mapping[str, Tensor], clean:Tensor)->dict[str, Any]:
+def _result(name:str, entry:Mapping[str, Any], after:Mapping[str, Tensor],
+            clean:Tensor)->dict[str, Any]:
     "One attack's entry in the record"
     n, batches = len(clean), list(entry['batches'].values())
     percent = lambda t: 100*t.double().mean().item()
     accuracy = percent(list(after.values())[-1])
-    out = dict(attack=name, **entry['settings'], batch_size=entry['batch_size'], accuracy=accuracy, standard_error=standard_error(accuracy, n),
+    out = dict(attack=name, **entry['settings'], batch_size=entry['batch_size'],
+               accuracy=accuracy, standard_error=standard_error(accuracy, n),
                seconds=round(sum(b['seconds'] for b in batches), 1))
     if name == 'clean': out['zero_gradients'] = sum(b['zero_gradients'] for b in batches)
     if name == 'cw':
         distances = [d for b in batches for d in b['distances']]
-        out.update(accuracy_any_distance=100*(int(clean.sum()) - len(distances))/n, median_distance=statistics.median(distances) if distances else None)
+        out.update(accuracy_any_distance=100*(int(clean.sum()) - len(distances))/n,
+                   median_distance=statistics.median(distances) if distances else None)
     if name == 'autoattack':
-        out['after'] = dict(clean=percent(clean), **{part: percent(left) for part, left in after.items()})
+        out['after'] = dict(clean=percent(clean),
+                            **{part: percent(left) for part, left in after.items()})
         out['notes'] = list(dict.fromkeys(note for b in batches for note in b.get('notes', ())))
     return out
 
@@ -229,7 +269,7 @@ class EvaluationWarning(UserWarning):
     "A reason to distrust a robust accuracy"
 
 class Evaluation(Table):
-    "A table of accuracies (%); `record` is everything that was run, `correct` maps an attack to which images (N,) hold"
+    "Accuracies (%); `record`: everything that was run, `correct`: attack -> which images (N,) hold"
     def __init__(self,
         record:dict[str, Any], # what is published
         correct:dict[str, Tensor], # attack -> (N,) bool
@@ -241,31 +281,35 @@ class Evaluation(Table):
 def evaluate(
     model:nn.Module, # float32; logits (B, K) from images in [0, 1]
     data:ImageData, # the images, in their order
-    attacks:Sequence[str] = ('clean', 'pgd-20', 'cw', 'autoattack'), # see the table above; clean always comes first
-    state:str|Path|None = None, # file that a killed evaluation is taken up from; None: nothing is kept
+    # see the table above; clean always comes first
+    attacks:Sequence[str] = ('clean', 'pgd-20', 'cw', 'autoattack'),
+    state:str|Path|None = None, # file to take up a killed evaluation from; None: nothing is kept
     *,
-    num_images:int|Mapping[str, int]|None = None, # the first so many images, or that by attack; None: all
-    eps:float|None = None, # radius of the l-inf ball, pixels in [0, 1]; None: the data set's protocol
+    num_images:int|Mapping[str, int]|None = None, # the first so many, or that by attack; None: all
+    eps:float|None = None, # radius of the l-inf ball, [0, 1] pixels; None: the data set's protocol
     step_size:float|None = None, # of PGD; None: the data set's protocol
     seed:int = 0, # of all randomness
     batch_size:int|None = None, # images at a time; None: found
     split:str = 'test', # of the data set, for the record
-    about:Mapping[str, Any]|None = None, # what is known of the model, for the record: name, training, ...
+    about:Mapping[str, Any]|None = None, # known of the model, for the record: name, training, ...
     show:bool = True, # draw a progress bar
 )->Evaluation: # a table, with `record` and `correct`
     "Accuracy under each attack, and everything that was run"
     attacks = ('clean', *(a for a in dict.fromkeys(attacks) if a != 'clean'))
     counts = _image_counts(attacks, num_images, len(data))
     eps, step_size = from_protocol(data.name, dict(eps=eps, step_size=step_size)).values()
-    settings = {a: dict(num_images=counts[a], **describe_attack(a, eps=eps, step_size=step_size)) for a in attacks}
+    settings = {a: dict(num_images=counts[a], **describe_attack(a, eps=eps, step_size=step_size))
+                for a in attacks}
     _check(model, data, attacks, batch_size)
     if 'autoattack' in attacks: settings['autoattack']['pyautoattack'] = version('pyautoattack')
     device = next(model.parameters()).device
-    identity = dict(weights_sha256=weights_sha256(model), dataset=data.name, split=split, images_sha256=data.sha256(), seed=seed, device=device.type, **_versions())
+    identity = dict(weights_sha256=weights_sha256(model), dataset=data.name, split=split,
+                    images_sha256=data.sha256(), seed=seed, device=device.type, **_versions())
 
     def work(a:str)->int: return sum(attack_passes(a, settings[a]).values())
     progress = Progress(sum(counts[a]*work(a) for a in attacks), 'evaluation', show=show)
-    finite = torch.ones((), dtype=torch.bool, device=device) # asked once a batch: a GPU is not made to wait in every step
+    # asked once a batch: a GPU is not made to wait in every step
+    finite = torch.ones((), dtype=torch.bool, device=device)
     def logits(x:Tensor)->Tensor:
         progress.step(by=len(x)*(1 + (torch.is_grad_enabled() and x.requires_grad)))
         out = model(x)
@@ -276,67 +320,103 @@ def evaluate(
 
     correct:dict[str, Tensor] = {}
     results = []
-    held = nullcontext() if state is None else lock_file(Path(state).with_name(f'.{Path(state).name}.lock'), f'{state} is being written by another evaluation: wait for it, or name another state')
+    held = nullcontext() if state is None else lock_file(
+        Path(state).with_name(f'.{Path(state).name}.lock'),
+        f'{state} is being written by another evaluation: wait for it, or name another state')
     with held, _measuring(model):
         kept = _open_state(state, identity, settings)
         for i, name in enumerate(attacks):
             entry, parts = kept['attacks'][name], attack_passes(name, settings[name])
-            clean = correct['clean'][:counts[name]] if correct else torch.ones(counts[name], dtype=torch.bool)
+            clean = (correct['clean'][:counts[name]] if correct
+                     else torch.ones(counts[name], dtype=torch.bool))
             def attack_images(part:str, indices:Tensor, left:Tensor)->dict[str, Any]:
                 now, later = list(parts).index(part), attacks[i + 1:]
-                ahead = parts[part]*int(left[indices[0]:].sum()) + sum(list(parts.values())[now + 1:])*int(left.sum())
-                ahead += sum(work(a)*int(correct.get('clean', left)[:counts[a]].sum()) for a in later)
+                ahead = (parts[part]*int(left[indices[0]:].sum())
+                         + sum(list(parts.values())[now + 1:])*int(left.sum()))
+                ahead += sum(work(a)*int(correct.get('clean', left)[:counts[a]].sum())
+                             for a in later)
                 progress.aim(ahead, f'{part} on {len(left)} images, {int(left.sum())} hold')
                 few = data[indices.to(data.images.device)].to(device)
-                found = attack_batch(part, logits, to_float(few.images), few.labels, indices, settings=settings[name], seed=seed)
-                if not finite: raise FloatingPointError(f"the model's logits are NaN or infinite at images that {part} tried: what they are worth as answers is not known, so no accuracy is given")
+                found = attack_batch(part, logits, to_float(few.images), few.labels, indices,
+                                     settings=settings[name], seed=seed)
+                if not finite:
+                    raise FloatingPointError(
+                        f"the model's logits are NaN or infinite at images that {part} tried: "
+                        'what they are worth as answers is not known, so no accuracy is given')
                 return found
-            after = _run_attack(entry, batch_size, clean, attack_images, list(parts), save, device.type)
+            after = _run_attack(entry, batch_size, clean, attack_images, list(parts), save,
+                                device.type)
             correct[name] = list(after.values())[-1]
             results.append(_result(name, entry, after, correct['clean'][:counts[name]]))
     progress.aim(0, 'evaluated')
-    progress.close('evaluated: ' + ', '.join(f"{r['attack']} {r['accuracy']:.1f} %" for r in results))
+    progress.close('evaluated: '
+                   + ', '.join(f"{r['attack']} {r['accuracy']:.1f} %" for r in results))
     found = suspicions(results, data.name)
     for text in found: warnings.warn(text, EvaluationWarning, stacklevel=2)
     arch = getattr(model, 'config', {}).get('arch') or type(model).__name__
-    words = {'name': arch, **dict(about or {}), 'arch': arch, 'config': getattr(model, 'config', None), 'weights_sha256': identity['weights_sha256']}
-    return Evaluation(dict(format=_FORMAT, model=words, data={k: identity[k] for k in ('dataset', 'split', 'images_sha256')}, seed=seed,
-                           results=results, warnings=found, versions=_versions(), device=device.type, hardware=hardware(device), seconds=round(sum(r['seconds'] for r in results), 1)), correct)
+    words = {'name': arch, **dict(about or {}), 'arch': arch,
+             'config': getattr(model, 'config', None), 'weights_sha256': identity['weights_sha256']}
+    return Evaluation(dict(
+        format=_FORMAT, model=words,
+        data={k: identity[k] for k in ('dataset', 'split', 'images_sha256')}, seed=seed,
+        results=results, warnings=found, versions=_versions(), device=device.type,
+        hardware=hardware(device), seconds=round(sum(r['seconds'] for r in results), 1)), correct)
 
 # %% ../nbs/09_evaluate.ipynb #a9bb20e4
-def _image_counts(attacks:Sequence[str], num_images:int|Mapping[str, int]|None, there:int)->dict[str, int]:
+def _image_counts(attacks:Sequence[str], num_images:int|Mapping[str, int]|None,
+                  there:int)->dict[str, int]:
     "Images of each attack; `clean` sees as many as the others at least"
     if isinstance(num_images, Mapping) and (unknown := [a for a in num_images if a not in attacks]):
-        raise ValueError(f'num_images names {unknown[0]!r}, which is not among the attacks: {", ".join(attacks)}')
-    asked = {a: num_images.get(a) if isinstance(num_images, Mapping) else num_images for a in attacks}
+        raise ValueError(f'num_images names {unknown[0]!r}, which is not among the attacks: '
+                         f'{", ".join(attacks)}')
+    asked = {a: num_images.get(a) if isinstance(num_images, Mapping) else num_images
+             for a in attacks}
     for a, n in asked.items():
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= there):
-            raise ValueError(f'num_images = {n!r} for {a} is not allowed: a whole number from 1 to {there}, the images that there are')
+            raise ValueError(f'num_images = {n!r} for {a} is not allowed: '
+                             f'a whole number from 1 to {there}, the images that there are')
     counts = {a: there if n is None else n for a, n in asked.items()}
     return {**counts, 'clean': max(counts.values())}
 
 @torch.no_grad()
 def _check(model:nn.Module, data:ImageData, attacks:Sequence[str], batch_size:int|None)->None:
     "Refuse what would give a wrong number"
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1): raise ValueError(f'batch_size = {batch_size!r} is not allowed: at least 1, or None to have it found')
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f'batch_size = {batch_size!r} is not allowed: at least 1, '
+                         'or None to have it found')
     wrong = {p.dtype for p in model.parameters()} - {torch.float32}
-    if wrong: raise TypeError(f'the model computes in {", ".join(map(str, wrong))}; robust accuracies are measured in float32: model.float()')
-    with eval_mode(model): logits = model(to_float(data.images[:1]).to(next(model.parameters()).device))
+    if wrong:
+        raise TypeError(f'the model computes in {", ".join(map(str, wrong))}; '
+                        'robust accuracies are measured in float32: model.float()')
+    with eval_mode(model):
+        logits = model(to_float(data.images[:1]).to(next(model.parameters()).device))
     if logits.ndim != 2 or logits.shape[1] != data.num_classes:
-        raise ValueError(f'the model gives {tuple(logits.shape)} logits for one image, but {data.name} has {data.num_classes} classes: is it a model of that data set?')
+        raise ValueError(f'the model gives {tuple(logits.shape)} logits for one image, '
+                         f'but {data.name} has {data.num_classes} classes: '
+                         'is it a model of that data set?')
     if 'autoattack' in attacks:
-        if data.num_classes < 10: raise ValueError(f'AutoAttack (standard) attacks with 9 target classes and needs 10 classes; {data.name} has {data.num_classes}: take pgd-20 and cw')
+        if data.num_classes < 10:
+            raise ValueError('AutoAttack (standard) attacks with 9 target classes and needs 10 '
+                             f'classes; {data.name} has {data.num_classes}: take pgd-20 and cw')
         try: import pyautoattack # noqa: F401
-        except ImportError as e: raise ImportError("AutoAttack needs the package pyautoattack: pip install 'weat_nb[attacks]', or leave autoattack out of the attacks") from e
+        except ImportError as e:
+            raise ImportError('AutoAttack needs the package pyautoattack: '
+                              "pip install 'weat_nb[attacks]', "
+                              'or leave autoattack out of the attacks') from e
 
 @contextmanager
 def _measuring(model:nn.Module)->Iterator[None]:
-    "Evaluation mode, float32 without TF32 or autocast, the same kernels each time, and no gradients of weights; all as before afterwards"
+    """Evaluation mode, float32 without TF32 or autocast, the same kernels each time,
+    and no gradients of weights; all as before afterwards"""
     trained, cudnn = [p for p in model.parameters() if p.requires_grad], torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     with ExitStack() as stack:
-        for context in (eval_mode(model), exact_float32(), torch.autocast(next(model.parameters()).device.type, enabled=False), warnings.catch_warnings()): stack.enter_context(context)
-        warnings.simplefilter('ignore', GradientMaskingWarning) # zero gradients are counted once, over all images
+        for context in (eval_mode(model), exact_float32(),
+                        torch.autocast(next(model.parameters()).device.type, enabled=False),
+                        warnings.catch_warnings()):
+            stack.enter_context(context)
+        # zero gradients are counted once, over all images
+        warnings.simplefilter('ignore', GradientMaskingWarning)
         try:
             for p in trained: p.requires_grad_(False)
             cudnn.deterministic, cudnn.benchmark = True, False
@@ -353,39 +433,52 @@ def _bare_weights(path:Path, arch:str, **options:Any)->nn.Module:
     if not path.is_file(): raise FileNotFoundError(f'no weights at {path}')
     model = create_model(arch, **options, seed=0)
     try: model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as e: raise CheckpointError(f'{path} does not hold the weights of {arch}: {" ".join(str(e).split())[:300]}') from e
+    except (SafetensorError, RuntimeError) as e:
+        raise CheckpointError(f'{path} does not hold the weights of {arch}: '
+                              f'{" ".join(str(e).split())[:300]}') from e
     return model.eval()
 
 # %% ../nbs/09_evaluate.ipynb #8074e539
 def load_model(
-    checkpoint:str|os.PathLike, # a name for load_pretrained, or the path of a checkpoint; with arch, of a state dict (.pth, .pt, .safetensors)
+    # a name for load_pretrained, or the path of a checkpoint;
+    # with arch, of a state dict (.pth, .pt, .safetensors)
+    checkpoint:str|os.PathLike,
     *,
     arch:str|None = None, # a name of `ARCHS`, for bare weights
     dataset:str|None = None, # whose classes and images they are for; None: what the model says
-    mean:Sequence[float]|None = None, # of the pixels that bare weights were trained on, a value for each channel
+    mean:Sequence[float]|None = None, # by channel, of the pixels that bare weights were trained on
     std:Sequence[float]|None = None, # likewise
     root:str|os.PathLike|None = None, # folder of data and networks
     device:str|torch.device = 'cpu', # where the model goes
-)->tuple[nn.Module, dict[str, Any], str]: # the model in eval mode; what is known of it; its data set
+)->tuple[nn.Module, dict[str, Any], str]: # model in eval mode; what is known of it; its data set
     "A model, and what a record should say about it"
     path, name = Path(checkpoint).expanduser(), str(checkpoint)
     about:dict[str, Any] = dict(name=name)
-    if arch is None and (mean or std): raise ValueError('mean and std belong to bare weights: give arch, too')
+    if arch is None and (mean or std):
+        raise ValueError('mean and std belong to bare weights: give arch, too')
     if arch is not None:
-        if dataset is None: raise ValueError(f'arch = {arch!r} says that {name} holds bare weights: name the dataset that they are for, too')
+        if dataset is None:
+            raise ValueError(f'arch = {arch!r} says that {name} holds bare weights: '
+                             'name the dataset that they are for, too')
         check_name('dataset', dataset, DATASETS)
         spec, normal = DATASETS[dataset], dict(mean=mean, std=std) if mean or std else {}
-        shape = dict(num_classes=spec.num_classes, in_channels=spec.in_channels, image_size=spec.image_size)
+        shape = dict(num_classes=spec.num_classes, in_channels=spec.in_channels,
+                     image_size=spec.image_size)
         model = _bare_weights(path, arch, **shape, **normal)
     else: model = load_pretrained(checkpoint, root=root)
-    if path.is_file(): about = dict(name='/'.join(path.parts[-2:]), file_sha256=file_sha256(path)) # the folder's name, not where it lies
+    if path.is_file(): # the folder's name, not where it lies
+        about = dict(name='/'.join(path.parts[-2:]), file_sha256=file_sha256(path))
     if path.is_file() and arch is None:
         metadata = load_checkpoint(path)[1]
         about.update(epoch=metadata.get('epoch'), training=metadata.get('config'))
-    elif name in PUBLIC_MODELS: about.update(source=PUBLIC_MODELS[name].source, file_sha256=PUBLIC_MODELS[name].sha256)
+    elif name in PUBLIC_MODELS:
+        about.update(source=PUBLIC_MODELS[name].source, file_sha256=PUBLIC_MODELS[name].sha256)
     elif arch is None and not name.startswith('robustbench:'):
         note = pretrained_note(name, root)[1]
         about.update(file_sha256=note['sha256'], epoch=note['epoch'], training=note['config'])
-    dataset = dataset or (about.get('training') or {}).get('dataset') or next((d for d in DATASETS if name.startswith(d + '-')), None)
-    if dataset is None: raise ValueError(f'which data set {name} is for is not known: give dataset, one of {", ".join(DATASETS)}')
+    dataset = (dataset or (about.get('training') or {}).get('dataset')
+               or next((d for d in DATASETS if name.startswith(d + '-')), None))
+    if dataset is None:
+        raise ValueError(f'which data set {name} is for is not known: '
+                         f'give dataset, one of {", ".join(DATASETS)}')
     return model.to(device).eval(), about, dataset

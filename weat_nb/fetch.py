@@ -40,7 +40,7 @@ from .runs import write_error
 
 # %% ../nbs/parts/fetch.ipynb #abcaa9ab
 def data_root(
-    root:str|os.PathLike|None = None, # folder of the datasets; None: `WEAT_DATA`, else the user's cache
+    root:str|os.PathLike|None = None, # folder of datasets; None: `WEAT_DATA`, else the user's cache
 )->Path: # the folder, which need not exist yet
     "The folder where datasets are looked for and fetched to"
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')
@@ -62,10 +62,11 @@ def read_checked(
     content = path.read_bytes()
     if gunzip:
         try: content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error): pass # damaged: the packed bytes then fail the comparison
+        except (OSError, EOFError, zlib.error): pass # damaged: the packed bytes fail the comparison
     if (found := md5sum(content)) != md5:
-        raise ValueError(f'{path} is not the published file: its content has md5 {found}, the published one {md5}. '
-                         'It is damaged or another file of that name; delete or move it and it will be fetched again')
+        raise ValueError(f'{path} is not the published file: its content has md5 {found}, the '
+                         f'published one {md5}. It is damaged or another file of that name; delete '
+                         'or move it and it will be fetched again')
     return content
 
 # %% ../nbs/parts/fetch.ipynb #38aa4846
@@ -81,31 +82,42 @@ def _receive(url:str, part:Path, seen:dict[str, str], timeout:float)->None:
     rest = {'Range': f'bytes={have}-', 'If-Range': mark} if have and mark else {}
     with urlopen(Request(url, headers={'User-Agent': 'weat_nb', **rest}), timeout=timeout) as reply:
         header = reply.headers.get
-        if reply.headers.get_content_type() == 'text/html': raise _WebPage('the server sent a web page: has the file moved, or does a login page stand before it?')
-        if reply.status == 206 and not header('Content-Range', '').startswith(f'bytes {have}-'): raise _Cut('the server sent another part than was asked for')
+        if reply.headers.get_content_type() == 'text/html':
+            raise _WebPage('the server sent a web page: has the file moved, or does a login page '
+                           'stand before it?')
+        if reply.status == 206 and not header('Content-Range', '').startswith(f'bytes {have}-'):
+            raise _Cut('the server sent another part than was asked for')
         if reply.status != 206: have = 0
-        seen['mark'] = header('Last-Modified', '') if header('ETag', 'W/').startswith('W/') else header('ETag') # a weak ETag is not of the bytes
+        # a weak ETag is not of the bytes
+        seen['mark'] = (header('Last-Modified', '') if header('ETag', 'W/').startswith('W/')
+                        else header('ETag'))
         size = have + int(header('Content-Length')) if header('Content-Length') else None
-        with part.open('ab' if have else 'wb') as file, tqdm(total=size, initial=have, desc=part.name, unit='B', unit_scale=True, delay=2, leave=False) as bar:
+        with (part.open('ab' if have else 'wb') as file,
+              tqdm(total=size, initial=have, desc=part.name, unit='B', unit_scale=True, delay=2,
+                   leave=False) as bar):
             while block := reply.read(1 << 20): bar.update(file.write(block))
-    if size is not None and (got := part.stat().st_size) != size: raise _Cut(f'the connection was cut after {got:,} of {size:,} bytes')
+    if size is not None and (got := part.stat().st_size) != size:
+        raise _Cut(f'the connection was cut after {got:,} of {size:,} bytes')
 
 def _curable(error:Exception)->bool:
     "May another try succeed?"
     if isinstance(error, HTTPError): return error.code in (408, 425, 429) or error.code >= 500
-    return not isinstance(getattr(error, 'reason', error), (_WebPage, socket.gaierror, FileNotFoundError, PermissionError, IsADirectoryError))
+    return not isinstance(getattr(error, 'reason', error), (
+        _WebPage, socket.gaierror, FileNotFoundError, PermissionError, IsADirectoryError))
 
 def download(
     url:str, # where from
     target:Path, # where to; used as it is if it exists
-    digest:str|None, # MD5 or SHA-256 of the file, as published (32 or 64 hexadecimal digits); None: not checked
+    # MD5 or SHA-256 of the file, as published (32 or 64 hexadecimal digits); None: not checked
+    digest:str|None,
     timeout:float = 60., # seconds of silence after which a try has failed
     tries:int = 4, # how often at most; a file with a wrong checksum is asked for twice
     wait:float = 1., # seconds before the second try, doubled for each further one
 )->Path: # `target`
     "Fetch one file, whole or not at all"
     if target.exists(): return target
-    kind, by_hand = 'md5' if digest is None or len(digest) == 32 else 'sha256', f'fetch it by hand and put it into {target.parent}'
+    kind, by_hand = ('md5' if digest is None or len(digest) == 32 else 'sha256',
+                     f'fetch it by hand and put it into {target.parent}')
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(prefix='.fetch-', dir=target.parent)
@@ -115,15 +127,22 @@ def download(
         for attempt in range(tries):
             try:
                 _receive(url, part, seen, timeout)
-                if digest is None or (found := hashlib.new(kind, part.read_bytes(), usedforsecurity=False).hexdigest()) == digest: break
+                if digest is None or (found := hashlib.new(
+                        kind, part.read_bytes(), usedforsecurity=False).hexdigest()) == digest:
+                    break
                 part.unlink()
                 if attempt or tries == 1:
-                    raise ValueError(f'{url} sent a file with {kind} {found}, the published one has {digest}: nothing was kept. Try again, or {by_hand}')
+                    raise ValueError(f'{url} sent a file with {kind} {found}, the published one '
+                                     f'has {digest}: nothing was kept. Try again, or {by_hand}')
             except (OSError, HTTPException, _Cut, _WebPage) as error:
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT): raise write_error(target, error) from error
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise write_error(target, error) from error
                 if attempt == tries - 1 or not _curable(error):
-                    offline = '; is this machine offline?' if isinstance(getattr(error, 'reason', None), OSError) and not url.startswith('file:') else ''
-                    raise ConnectionError(f'{target.name} could not be fetched from {url} ({error}{offline}): {by_hand}') from None
+                    offline = ('; is this machine offline?'
+                               if isinstance(getattr(error, 'reason', None), OSError)
+                               and not url.startswith('file:') else '')
+                    raise ConnectionError(f'{target.name} could not be fetched from {url} '
+                                          f'({error}{offline}): {by_hand}') from None
             time.sleep(wait*2**attempt)
         if not target.exists(): os.replace(part, target)
     return target
@@ -140,8 +159,10 @@ def unpack(
     with tar, tempfile.TemporaryDirectory(prefix='.fetch-', dir=folder) as tmp:
         for name in names:
             part, member = Path(tmp)/name, f'{folder.name}/{name}'
-            if part.parent != Path(tmp) or member not in tar.getnames() or not tar.getmember(member).isfile():
-                raise ValueError(f'{name} is not a file of {folder.name}/ in the archive: nothing else is unpacked, no link and no path that leads out')
+            if (part.parent != Path(tmp) or member not in tar.getnames()
+                    or not tar.getmember(member).isfile()):
+                raise ValueError(f'{name} is not a file of {folder.name}/ in the archive: nothing '
+                                 'else is unpacked, no link and no path that leads out')
             part.write_bytes(tar.extractfile(member).read()) # type: ignore[union-attr]
             if not (folder/name).exists(): os.replace(part, folder/name)
 
@@ -152,12 +173,14 @@ def read_idx(
     "Read the array in an idx file of unsigned bytes"
     zeros, kind, ndim = struct.unpack_from('>HBB', content)
     if (zeros, kind) != (0, 8):
-        raise ValueError(f'not an idx file of unsigned bytes: it starts with {content[:4].hex()}, not 000008')
+        raise ValueError('not an idx file of unsigned bytes: it starts with '
+                         f'{content[:4].hex()}, not 000008')
     shape = struct.unpack_from(f'>{ndim}I', content, 4)
     return np.frombuffer(content, np.uint8, offset=4 + 4*ndim).reshape(shape).copy()
 
 # %% ../nbs/parts/fetch.ipynb #6879ef50
-Arrays = tuple[np.ndarray, np.ndarray, tuple[str, ...]] # images uint8 (N, C, H, W), labels int64 (N,), class names
+# images uint8 (N, C, H, W), labels int64 (N,), class names
+Arrays = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
 
 FASHION_CLASSES = ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat',
                    'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
@@ -176,7 +199,8 @@ def read_fashion_mini(
 )->Arrays: # images (N, 1, 28, 28), labels, classes
     "Read the Fashion-MNIST images packaged with `weat_nb`"
     arrays = []
-    for name in (('train' if train else 'test') + kind for kind in ('-images-idx3', '-labels-idx1')):
+    for name in (('train' if train else 'test') + kind
+                 for kind in ('-images-idx3', '-labels-idx1')):
         file = files('weat_nb')/'assets'/f'fashion-mini-{name}-ubyte.gz'
         content = file.read_bytes() if file.is_file() else b''
         if hashlib.sha256(content).hexdigest() != MINI_SHA256[name]:
@@ -200,11 +224,13 @@ def read_fashion_mnist(
     "Read Fashion-MNIST, fetched if it is not there"
     from torchvision.datasets import FashionMNIST
     arrays, raw = [], root/'FashionMNIST'/'raw'
-    for name in (('train' if train else 't10k') + kind for kind in ('-images-idx3', '-labels-idx1')):
+    for name in (('train' if train else 't10k') + kind
+                 for kind in ('-images-idx3', '-labels-idx1')):
         packed = f'{name}-ubyte.gz'
         places = [raw/packed, raw/f'{name}-ubyte', root/'fashion-mnist'/packed, root/packed]
         found = next((p for p in places if p.exists()), None)
-        path = found or download(FashionMNIST.mirrors[0] + packed, raw/packed, dict(FashionMNIST.resources)[packed])
+        path = found or download(FashionMNIST.mirrors[0] + packed, raw/packed,
+                                 dict(FashionMNIST.resources)[packed])
         arrays.append(read_idx(read_checked(path, FASHION_MD5[name], gunzip=path.suffix == '.gz')))
     images, labels = arrays
     return images[:, None], labels.astype(np.int64), FASHION_CLASSES
@@ -217,7 +243,8 @@ class ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module:str, name:str)->Any:
         if (module, name) in self.allowed: return self.allowed[module, name]
-        raise pickle.UnpicklingError(f'the file asks for {module}.{name}, which no data set needs: not loaded')
+        raise pickle.UnpicklingError(f'the file asks for {module}.{name}, which no data set needs: '
+                                     'not loaded')
 
 def unpickle(
     content:bytes, # of a batch file
@@ -235,7 +262,8 @@ def read_cifar(
     from torchvision.datasets import CIFAR10, CIFAR100
     source = {10: CIFAR10, 100: CIFAR100}[num_classes]
     folder, meta = root/source.base_folder, source.meta
-    wanted = dict(source.train_list if train else source.test_list) | {meta['filename']: meta['md5']}
+    wanted = dict(source.train_list if train else source.test_list) | {
+        meta['filename']: meta['md5']}
     if missing := [name for name in wanted if not (folder/name).exists()]:
         archive = download(source.url, root/source.filename, source.tgz_md5)
         unpack(read_checked(archive, source.tgz_md5), folder, missing)
@@ -252,7 +280,9 @@ def read_svhn(
     "Read SVHN's cropped digits, fetched if they are not there"
     from torchvision.datasets import SVHN
     try: from scipy.io import loadmat
-    except ImportError: raise ImportError('svhn comes as MATLAB files, which SciPy reads: pip install scipy') from None
+    except ImportError:
+        raise ImportError('svhn comes as MATLAB files, which SciPy reads: '
+                          'pip install scipy') from None
     url, name, md5 = SVHN.split_list['train' if train else 'test']
     content = loadmat(io.BytesIO(read_checked(download(url, root/name, md5), md5)))
     images = np.ascontiguousarray(content['X'].transpose(3, 2, 0, 1))
@@ -270,8 +300,8 @@ def decode_jpegs(
     def decode(i:int)->None:
         try: image = np.asarray(Image.open(io.BytesIO(read(names[i]))).convert('RGB'))
         except (OSError, KeyError) as error:
-            raise ValueError(f'{names[i]} is missing or damaged ({error}): '
-                             'delete or move the folder of its data set and it will be fetched again') from None
+            raise ValueError(f'{names[i]} is missing or damaged ({error}): delete or move the '
+                             'folder of its data set and it will be fetched again') from None
         if image.shape != (size, size, 3):
             raise ValueError(f'{names[i]} has shape {image.shape}, not {(size, size, 3)}')
         images[i] = image.transpose(2, 0, 1)
@@ -279,10 +309,11 @@ def decode_jpegs(
     return images
 
 # %% ../nbs/parts/fetch.ipynb #d993e317
-TINY_URL, TINY_MD5 = 'http://cs231n.stanford.edu/tiny-imagenet-200.zip', '90528d7ca1a48142e341f4ef8d21d0de'
+TINY_URL, TINY_MD5 = ('http://cs231n.stanford.edu/tiny-imagenet-200.zip',
+                      '90528d7ca1a48142e341f4ef8d21d0de')
 
 def read_tiny_imagenet(
-    train:bool, # the training split (100,000 images), or else the labelled validation split (10,000)
+    train:bool, # the training split (100,000 images), else the labelled validation split (10,000)
     root:Path, # folder of the datasets
 )->Arrays: # images (N, 3, 64, 64), labels, classes
     "Read Tiny-ImageNet from its folder or its zip file, fetched if neither is there"
@@ -295,7 +326,8 @@ def read_tiny_imagenet(
         def read(name:str)->bytes: return archive.read(f'tiny-imagenet-200/{name}')
     ids = sorted(read('wnids.txt').decode().split())
     words = dict(line.split('\t', 1) for line in read('words.txt').decode().splitlines())
-    if train: names = {f'train/{i}/images/{i}_{n}.JPEG': k for k, i in enumerate(ids) for n in range(500)}
+    if train:
+        names = {f'train/{i}/images/{i}_{n}.JPEG': k for k, i in enumerate(ids) for n in range(500)}
     else:
         lines = [line.split('\t') for line in read('val/val_annotations.txt').decode().splitlines()]
         names = {f'val/images/{line[0]}': ids.index(line[1]) for line in lines}

@@ -27,26 +27,36 @@ from .step import FrozenCopy, StepConfig, exact_float32
 
 # %% ../nbs/08_generate.ipynb #4e749716
 class ClassPCA:
-    "Mean and leading principal components of the images of one class (Eq. 7 of the main paper; supplement A.3)"
+    "Mean and leading principal components of a class's images (Eq. 7 of the paper; supplement A.3)"
     def __init__(self,
         images:Tensor, # (N, C, H, W) images of one class, uint8 or float in [0, 1]; N at least 2
         retained_variance:float = .99, # share of the variance that the components keep, in (0, 1]
     ):
-        if not 0 < retained_variance <= 1: raise ValueError(f'retained_variance = {retained_variance!r} is not allowed: it is a share, above 0 and at most 1')
-        if len(images) < 2: raise ValueError(f'{len(images)} image has no variance: a class needs at least 2')
+        if not 0 < retained_variance <= 1:
+            raise ValueError(f'retained_variance = {retained_variance!r} is not allowed: '
+                             'it is a share, above 0 and at most 1')
+        if len(images) < 2:
+            raise ValueError(f'{len(images)} image has no variance: a class needs at least 2')
         x = to_pixels(images).flatten(1)
         self.shape, self.mean = images.shape[1:], x.mean(0)
         x, n = x - self.mean, len(x)
-        wide = x.shape[1] > n # fewer images than pixels: the n × n matrix has the same eigenvalues and is smaller
+        # fewer images than pixels: the n × n matrix has the same eigenvalues and is smaller
+        wide = x.shape[1] > n
         products = (x@x.T if wide else x.T@x)/(n - 1)
-        if not x.is_cuda: # MPS has no eigh; of more than 2,895 rows LAPACK tells the size of its workspace rounded to float32, with which torch 2.6 fails
+        # MPS has no eigh; of more than 2,895 rows LAPACK tells the size of its workspace
+        # rounded to float32, with which torch 2.6 fails
+        if not x.is_cuda:
             products = products.cpu().to(torch.float64 if len(products) > 2895 else products.dtype)
-        values, vectors = (t.to(x.dtype).to(x.device) for t in torch.linalg.eigh(products)) # ascending
+        values, vectors = (t.to(x.dtype).to(x.device)
+                           for t in torch.linalg.eigh(products)) # ascending
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-        enough = int((values.cumsum(0) < retained_variance*values.sum()).sum()) + 1 # the first that reach it
-        k = max(1, min(enough, int((values > 1e-6*values[0]).sum()))) # below this float32 sees rounding only
+        # the first that reach it
+        enough = int((values.cumsum(0) < retained_variance*values.sum()).sum()) + 1
+        # below this float32 sees rounding only
+        k = max(1, min(enough, int((values > 1e-6*values[0]).sum())))
         self.std = values[:k].sqrt() # (k,) of the class along each component
-        self.components = (x.T@vectors[:, :k]/(self.std*math.sqrt(n - 1)).clamp(min=1e-12)).T if wide else vectors[:, :k].T.contiguous() # (k, C·H·W)
+        self.components = ((x.T@vectors[:, :k]/(self.std*math.sqrt(n - 1)).clamp(min=1e-12)).T
+                           if wide else vectors[:, :k].T.contiguous()) # (k, C·H·W)
 
     @classmethod
     def of(cls,
@@ -62,12 +72,16 @@ class ClassPCA:
 
     def sample(self,
         n:int, # number of images
-        sigma:float = 1., # standard deviation of the coefficients in units of the class's own; 1 is the class's Gaussian
+        # standard deviation of the coefficients in units of the class's own;
+        # 1 is the class's Gaussian
+        sigma:float = 1.,
         generator:torch.Generator|None = None, # source of the coefficients
     )->Tensor: # (n, C, H, W) in [0, 1]
         "Mean plus Gaussian coefficients times components, clipped"
-        if not 0 <= sigma < math.inf: raise ValueError(f'sigma = {sigma!r} is not allowed: it must be finite and at least 0')
-        coefficients = sigma*self.std*torch.randn(n, len(self.std), generator=generator, device=self.mean.device)
+        if not 0 <= sigma < math.inf:
+            raise ValueError(f'sigma = {sigma!r} is not allowed: it must be finite and at least 0')
+        coefficients = sigma*self.std*torch.randn(n, len(self.std), generator=generator,
+                                                  device=self.mean.device)
         return (self.mean + coefficients@self.components).clamp(0, 1).view(n, *self.shape)
 
 # %% ../nbs/08_generate.ipynb #792e822c
@@ -80,17 +94,21 @@ class LocalPCA:
         generator:torch.Generator|None = None, # of the first centres
         rounds:int = 20, # of Lloyd's algorithm
     ):
-        if not 1 <= clusters <= max(1, len(images)//10): raise ValueError(f'clusters = {clusters} is not allowed: {len(images)} images make at least 1 and at most {max(1, len(images)//10)}')
+        if not 1 <= clusters <= max(1, len(images)//10):
+            raise ValueError(f'clusters = {clusters} is not allowed: {len(images)} images make '
+                             f'at least 1 and at most {max(1, len(images)//10)}')
         x = to_pixels(images).flatten(1)
         centres = x[torch.randperm(len(x), generator=generator, device=x.device)[:clusters]]
         for _ in range(rounds):
             nearest = torch.cdist(x, centres).argmin(1)
             sizes = nearest.bincount(minlength=len(centres))
-            centres = torch.stack([x[nearest == i].mean(0) for i in range(len(centres)) if sizes[i] >= min(10, len(x))])
+            centres = torch.stack([x[nearest == i].mean(0) for i in range(len(centres))
+                                   if sizes[i] >= min(10, len(x))])
         nearest = torch.cdist(x, centres).argmin(1)
         groups = [images[nearest == i] for i in range(len(centres))]
         self.parts = [ClassPCA(g, retained_variance) for g in groups if len(g) > 1]
-        self.sizes = torch.tensor([len(g) for g in groups if len(g) > 1], dtype=torch.float32, device=x.device)
+        self.sizes = torch.tensor([len(g) for g in groups if len(g) > 1],
+                                  dtype=torch.float32, device=x.device)
 
     def sample(self,
         n:int, # number of images
@@ -100,14 +118,17 @@ class LocalPCA:
         "As in `ClassPCA`, from clusters drawn in proportion to their sizes"
         which = torch.multinomial(self.sizes, n, replacement=True, generator=generator)
         x = self.parts[0].mean.new_empty(n, *self.parts[0].shape)
-        for i, part in enumerate(self.parts): x[which == i] = part.sample(int((which == i).sum()), sigma, generator)
+        for i, part in enumerate(self.parts):
+            x[which == i] = part.sample(int((which == i).sum()), sigma, generator)
         return x
 
 # %% ../nbs/08_generate.ipynb #651c9bc8
 STARTS = {
-    'pca':         'mean of the class plus Gaussian coefficients on its principal components (the paper)',
+    'pca':         'mean of the class plus Gaussian coefficients '
+                   'on its principal components (the paper)',
     'local_pca':   'the same for one of the clusters of the class (after the follow-up)',
-    'gaussian':    'Gaussian with the mean and the whole covariance of the class (Santurkar et al. 2019)',
+    'gaussian':    'Gaussian with the mean and the whole covariance of the class '
+                   '(Santurkar et al. 2019)',
     'noisy_image': 'an image of the class with added noise',
     'uniform':     'uniform noise, the same for every class (JEM)',
 }
@@ -118,21 +139,28 @@ class Start:
         name:str, # a key of `STARTS`
         data:ImageData, # images and labels; noisy_image shows them, so give it test images
         *,
-        sigma:float = .354, # of pca and local_pca: spread of the coefficients in units of the class's standard deviation
+        # of pca and local_pca: spread of the coefficients
+        # in units of the class's standard deviation
+        sigma:float = .354,
         retained_variance:float = .99, # of pca and local_pca
         clusters:int = 8, # of local_pca
         noise_std:float = .1, # of noisy_image: standard deviation of the noise, pixels in [0, 1]
         seed:int = 0, # of the clusters
-        cache:str|Path|None = None, # folder where the components of pca are kept; None keeps nothing
+        # folder where the components of pca are kept; None keeps nothing
+        cache:str|Path|None = None,
     ):
-        if name not in STARTS: raise ValueError(f'start = {name!r} is not one of {", ".join(STARTS)}{suggest(name, STARTS)}')
+        if name not in STARTS:
+            raise ValueError(f'start = {name!r} is not one of {", ".join(STARTS)}'
+                             f'{suggest(name, STARTS)}')
         _check_members(data, 2, 'a start')
         self.name, self.data, self.sigma, self.noise_std = name, data, sigma, noise_std
         self.members = [data.images[data.labels == k] for k in range(data.num_classes)]
         generator = torch.Generator(data.images.device).manual_seed(seed)
         self.fitted:Sequence[ClassPCA|LocalPCA] = ()
         if name == 'pca': self.fitted = class_pca(data, retained_variance, cache)
-        if name == 'local_pca': self.fitted = [LocalPCA(x, clusters, retained_variance, generator) for x in self.members]
+        if name == 'local_pca':
+            self.fitted = [LocalPCA(x, clusters, retained_variance, generator)
+                           for x in self.members]
 
     def __call__(self,
         y:Tensor, # (N,) classes to begin in
@@ -150,39 +178,56 @@ class Start:
         if self.name == 'uniform': return torch.rand(n, *shape, generator=generator, device=device)
         if self.name == 'noisy_image':
             picked = images[torch.randint(len(images), (n,), generator=generator, device=device)]
-            return (to_pixels(picked) + self.noise_std*torch.randn(n, *shape, generator=generator, device=device)).clamp(0, 1)
-        flat = to_pixels(images).flatten(1) # Gaussian weights on the centred images: their covariance is the class's, no matrix is factorised
-        weights = torch.randn(n, len(flat), generator=generator, device=device)/math.sqrt(len(flat) - 1)
+            return (to_pixels(picked) + self.noise_std*torch.randn(
+                n, *shape, generator=generator, device=device)).clamp(0, 1)
+        # Gaussian weights on the centred images: their covariance is the class's,
+        # no matrix is factorised
+        flat = to_pixels(images).flatten(1)
+        weights = (torch.randn(n, len(flat), generator=generator, device=device)
+                   /math.sqrt(len(flat) - 1))
         return (flat.mean(0) + weights@(flat - flat.mean(0))).clamp(0, 1).view(n, *shape)
 
 # %% ../nbs/08_generate.ipynb #077ce8f1
 def _check_classes(y:Tensor, num_classes:int)->None:
     "Labels are whole numbers in 0 … K - 1"
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.ndim != 1 or not len(y):
-        raise TypeError(f'y must be an int64 tensor (N,) of class indices, given {getattr(y, "dtype", type(y).__name__)} {tuple(getattr(y, "shape", ()))}')
-    if not 0 <= y.min() <= y.max() < num_classes: raise ValueError(f'y must lie in 0..{num_classes - 1}, it spans {int(y.min())}..{int(y.max())}')
+        raise TypeError(
+            'y must be an int64 tensor (N,) of class indices, given '
+            f'{getattr(y, "dtype", type(y).__name__)} {tuple(getattr(y, "shape", ()))}')
+    if not 0 <= y.min() <= y.max() < num_classes:
+        raise ValueError(f'y must lie in 0..{num_classes - 1}, '
+                         f'it spans {int(y.min())}..{int(y.max())}')
 
 def _check_members(data:ImageData, least:int, what:str)->None:
     "Each class has so many images"
     counts = data.labels.bincount(minlength=data.num_classes)
-    if counts.min() < least: raise ValueError(f'class {data.classes[int(counts.argmin())]!r} has {int(counts.min())} images in {data.name}: {what} needs at least {least} of each class')
+    if counts.min() < least:
+        raise ValueError(f'class {data.classes[int(counts.argmin())]!r} has {int(counts.min())} '
+                         f'images in {data.name}: {what} needs at least {least} of each class')
 
 def class_pca(
     data:ImageData, # images and labels
     retained_variance:float = .99, # share of the variance that is kept
     cache:str|Path|None = None, # folder where the result is kept and looked for; None keeps nothing
 )->list[ClassPCA]: # one for each class
-    "A `ClassPCA` for each class; with a cache the eigenvectors of these very images are computed once"
-    def fit()->list[ClassPCA]: return [ClassPCA(data.images[data.labels == k], retained_variance) for k in range(data.num_classes)]
+    "A `ClassPCA` for each class; with a cache these very images' eigenvectors are computed once"
+    def fit()->list[ClassPCA]:
+        return [ClassPCA(data.images[data.labels == k], retained_variance)
+                for k in range(data.num_classes)]
     if cache is None: return fit()
-    path = Path(cache)/f'{data.name}-pca-{data.sha256()[:16]}-{float(retained_variance)!r}.safetensors'
+    path = Path(cache)/(f'{data.name}-pca-{data.sha256()[:16]}-'
+                        f'{float(retained_variance)!r}.safetensors')
     parts = ('mean', 'std', 'components')
-    if not path.exists(): save_tensors(path, {f'{k}.{name}': getattr(p, name) for k, p in enumerate(fit()) for name in parts})
+    if not path.exists():
+        save_tensors(path, {f'{k}.{name}': getattr(p, name)
+                            for k, p in enumerate(fit()) for name in parts})
     tensors = load_tensors(path, data.images.device)[0]
-    return [ClassPCA.of(data.images.shape[1:], *(tensors[f'{k}.{name}'] for name in parts)) for k in range(data.num_classes)]
+    return [ClassPCA.of(data.images.shape[1:], *(tensors[f'{k}.{name}'] for name in parts))
+            for k in range(data.num_classes)]
 
 # %% ../nbs/08_generate.ipynb #7333ae73
-SGLD_PRESETS = { # Table C; noise_std is its "noise variance γ", which the authors' code uses as a standard deviation
+# Table C; noise_std is its "noise variance γ", which the authors' code uses as a standard deviation
+SGLD_PRESETS = {
     'better_dm': dict(steps=150, friction=.8, step_size=.05, noise_std=.001),
     'sat':       dict(steps=20,  friction=.5, step_size=.05, noise_std=.001),
 }
@@ -192,7 +237,8 @@ SGLD_PRESETS = { # Table C; noise_std is its "noise variance γ", which the auth
 class Samples:
     "What SGLD made"
     images:Tensor # (N, C, H, W) in [0, 1]
-    energies:Tensor # (steps + 1, N) joint energies E(x, y) in nats, of the start, after each step, of the images
+    # (steps + 1, N) joint energies E(x, y) in nats, of the start, after each step, of the images
+    energies:Tensor
     steps_done:Tensor # (N,) steps until the image stopped, or all
     frames:Tensor # (F, N, C, H, W) the images after the steps that were asked for in `keep`
 
@@ -207,18 +253,22 @@ def sgld(
     friction:float, # ζ in [0, 1): the share of the velocity that a step keeps
     noise_std:float = 0., # standard deviation γ of the Gaussian noise of a step, pixels in [0, 1]
     generator:torch.Generator|None = None, # source of the noise; needed unless noise_std is 0
-    stop_energy:Tensor|None = None, # (N,) an image whose E(x, y) is at most this moves no more; None: all take all steps
+    # (N,) an image whose E(x, y) is at most this moves no more; None: all take all steps
+    stop_energy:Tensor|None = None,
     keep:Sequence[int] = (), # steps after which the images are kept as frames; 0 is the start
     config:StepConfig = StepConfig(), # the arithmetic: fold, channels_last, bf16, compile
     batch_size:int = 500, # images at a time; the noise is drawn batch by batch
     progress:Progress|None = None, # steps once a step of a batch
 )->Samples:
-    "Descend the joint energy by SGLD with momentum: ν ← ζν − (η/2)∇E(x, y), x ← clip(x + ν + noise)"
-    _check_sgld(x0, y, steps, step_size, friction, noise_std, generator, stop_energy, keep, config, batch_size)
+    "Descend the joint energy by SGLD with momentum: ν ← ζν − η/2·∇E(x, y), x ← clip(x + ν + noise)"
+    _check_sgld(x0, y, steps, step_size, friction, noise_std, generator, stop_energy, keep,
+                config, batch_size)
     frozen = config.copy_of(model, torch.bfloat16 if config.bf16 else None)
-    levels, parts = torch.full_like(y, -math.inf, dtype=torch.float32) if stop_energy is None else stop_energy, []
+    levels, parts = (torch.full_like(y, -math.inf, dtype=torch.float32)
+                     if stop_energy is None else stop_energy), []
     for x, labels, level in zip(*(t.split(batch_size) for t in (x0.detach(), y, levels))):
-        velocity, energies, frames, moving = torch.zeros_like(x), [], [], torch.ones_like(labels, dtype=torch.bool)
+        velocity, energies, frames, moving = (
+            torch.zeros_like(x), [], [], torch.ones_like(labels, dtype=torch.bool))
         done = torch.zeros_like(labels)
         for step in range(steps + 1):
             if step in keep: frames.append(x)
@@ -232,37 +282,57 @@ def sgld(
             done += moving
             velocity = friction*velocity - step_size/2*gradient
             moved = x.detach() + velocity
-            if generator is not None and noise_std: moved = moved + noise_std*torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
+            if generator is not None and noise_std:
+                moved = moved + noise_std*torch.randn(x.shape, generator=generator,
+                                                      device=generator.device).to(x.device)
             x = torch.where(moving[:, None, None, None], moved.clamp(0, 1), x.detach())
             if progress is not None: progress.step()
-        parts.append((x.detach(), torch.stack(energies), done, torch.stack(frames) if frames else x.new_empty(0, *x.shape)))
-    images, energy, done, kept = (torch.cat(found, dim=axis) for found, axis in zip(zip(*parts), (0, 1, 0, 1)))
+        parts.append((x.detach(), torch.stack(energies), done,
+                      torch.stack(frames) if frames else x.new_empty(0, *x.shape)))
+    images, energy, done, kept = (torch.cat(found, dim=axis)
+                                  for found, axis in zip(zip(*parts), (0, 1, 0, 1)))
     bad = ~energy.isfinite().all(dim=1)
-    if bad.any(): raise FloatingPointError(f'E(x, y) is NaN or infinite after step {int(bad.nonzero()[0])} of {steps}: take a smaller step_size, or look for NaN in the model')
+    if bad.any():
+        raise FloatingPointError(
+            f'E(x, y) is NaN or infinite after step {int(bad.nonzero()[0])} of {steps}: '
+            'take a smaller step_size, or look for NaN in the model')
     return Samples(images, energy, done, kept)
 
 # %% ../nbs/08_generate.ipynb #e27fdfe0
-def _check_sgld(x0:Tensor, y:Tensor, steps:int, step_size:float, friction:float, noise_std:float, generator:torch.Generator|None, stop_energy:Tensor|None,
-                keep:Sequence[int], config:StepConfig, batch_size:int)->None:
+def _check_sgld(x0:Tensor, y:Tensor, steps:int, step_size:float, friction:float, noise_std:float,
+                generator:torch.Generator|None, stop_energy:Tensor|None, keep:Sequence[int],
+                config:StepConfig, batch_size:int)->None:
     "One clear error for each wrong argument"
     check_images(x0)
     for name, value, good, allowed in (
-        ('steps', steps, isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0, 'a whole number, at least 0'),
-        ('batch_size', batch_size, isinstance(batch_size, int) and batch_size >= 1, 'a whole number, at least 1'),
+        ('steps', steps, isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0,
+         'a whole number, at least 0'),
+        ('batch_size', batch_size, isinstance(batch_size, int) and batch_size >= 1,
+         'a whole number, at least 1'),
         ('step_size', step_size, 0 < step_size < math.inf, 'a finite number above 0'),
-        ('friction', friction, 0 <= friction < 1, 'at least 0 and below 1: it is the share of the velocity that a step keeps'),
+        ('friction', friction, 0 <= friction < 1,
+         'at least 0 and below 1: it is the share of the velocity that a step keeps'),
         ('noise_std', noise_std, 0 <= noise_std < math.inf, 'a finite number, at least 0'),
         ('keep', keep, all(k in range(steps + 1) for k in keep), f'steps from 0 to {steps}'),
     ):
         if not good: raise ValueError(f'{name} = {value!r} is not allowed: it must be {allowed}')
     for name, t, kind in (('y', y, torch.int64), ('stop_energy', stop_energy, torch.float32)):
         if t is None and name == 'stop_energy': continue
-        if not isinstance(t, Tensor) or t.dtype != kind or t.shape != x0.shape[:1] or t.device != x0.device:
-            given = f'{t.dtype} {tuple(t.shape)} on {t.device}' if isinstance(t, Tensor) else type(t).__name__
-            raise ValueError(f'{name} must be {str(kind)[6:]} ({len(x0)},) on {x0.device}, an entry for each image, given {given}')
-    if stop_energy is not None and stop_energy.isnan().any(): raise ValueError('stop_energy holds NaN: the image would never move; -inf lets it take all steps')
-    if noise_std and generator is None: raise ValueError(f'noise_std = {noise_std:g} needs a generator: torch.Generator().manual_seed(0), or noise_std=0')
-    if config.graph: raise ValueError('graph=True is for the training step; sgld captures no CUDA graph: use StepConfig(graph=False, ...)')
+        if (not isinstance(t, Tensor) or t.dtype != kind or t.shape != x0.shape[:1]
+                or t.device != x0.device):
+            given = (f'{t.dtype} {tuple(t.shape)} on {t.device}' if isinstance(t, Tensor)
+                     else type(t).__name__)
+            raise ValueError(f'{name} must be {str(kind)[6:]} ({len(x0)},) on {x0.device}, '
+                             f'an entry for each image, given {given}')
+    if stop_energy is not None and stop_energy.isnan().any():
+        raise ValueError('stop_energy holds NaN: the image would never move; '
+                         '-inf lets it take all steps')
+    if noise_std and generator is None:
+        raise ValueError(f'noise_std = {noise_std:g} needs a generator: '
+                         'torch.Generator().manual_seed(0), or noise_std=0')
+    if config.graph:
+        raise ValueError('graph=True is for the training step; sgld captures no CUDA graph: '
+                         'use StepConfig(graph=False, ...)')
 
 # %% ../nbs/08_generate.ipynb #0faa75db
 @torch.no_grad()
@@ -272,11 +342,13 @@ def class_energies(
     data:ImageData, # N images with labels
     batch_size:int = 500, # images at a time
 )->Tensor: # (K,) in nats
-    "Mean joint energy of the images of each class: the level at which a sample looks like its class to the model"
+    "Mean joint energy of each class: the level at which a sample looks like its class to the model"
     frozen, device = FrozenCopy(model), next(model.parameters()).device
     _check_members(data, 1, 'a mean energy')
-    energy = torch.cat([joint_energy(frozen(x), y) for x, y in batches(data.to(device), batch_size)])
-    return torch.stack([energy[data.labels.to(device) == k].mean() for k in range(data.num_classes)])
+    energy = torch.cat([joint_energy(frozen(x), y)
+                        for x, y in batches(data.to(device), batch_size)])
+    return torch.stack([energy[data.labels.to(device) == k].mean()
+                        for k in range(data.num_classes)])
 
 @torch.no_grad()
 @exact_float32()
@@ -288,14 +360,17 @@ def energy_guided(
     candidates:int = 8, # draws for each image, at least 1
 )->Tensor: # (N, C, H, W) in [0, 1]
     "Of several draws for each image the one of lowest E(x, y)"
-    if candidates < 1: raise ValueError(f'candidates = {candidates} is not allowed: it must be at least 1')
+    if candidates < 1:
+        raise ValueError(f'candidates = {candidates} is not allowed: it must be at least 1')
     frozen = FrozenCopy(model)
     def draw()->tuple[Tensor, Tensor]:
         x = start(y, generator)
-        return x, torch.cat([joint_energy(frozen(a), b) for a, b in zip(x.split(500), y.split(500))])
+        return x, torch.cat([joint_energy(frozen(a), b)
+                             for a, b in zip(x.split(500), y.split(500))])
     best, lowest = draw()
     for _ in range(candidates - 1):
         x, energy = draw()
         better = energy < lowest
-        best, lowest = torch.where(better[:, None, None, None], x, best), torch.where(better, energy, lowest)
+        best, lowest = (torch.where(better[:, None, None, None], x, best),
+                        torch.where(better, energy, lowest))
     return best

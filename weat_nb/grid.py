@@ -22,19 +22,25 @@ from .params import check_param, param, suggest
 # %% ../nbs/parts/grid.ipynb #a5df2cbb
 def notebook_parameters(
     notebook:str|Path, # with a cell tagged `parameters`, every line `name: type = default`
-)->dict[str, tuple[type|None, Any]]: # name -> (int, float, str, bool or None where it is none of them, default)
+    # name -> (int, float, str, bool or None where it is none of them, default)
+)->dict[str, tuple[type|None, Any]]:
     "What a notebook can be told"
     cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
-    source = ''.join(next((c['source'] for c in cells if 'parameters' in c['metadata'].get('tags', [])), []))
-    kinds = {n.target.id: ast.unparse(n.annotation) for n in ast.parse(source).body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.value}
-    if not kinds: raise ValueError(f'{notebook} has no cell tagged "parameters" with lines `name: type = default`: there is nothing to vary')
+    source = ''.join(next((c['source'] for c in cells
+                           if 'parameters' in c['metadata'].get('tags', [])), []))
+    kinds = {n.target.id: ast.unparse(n.annotation) for n in ast.parse(source).body
+             if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.value}
+    if not kinds:
+        raise ValueError(f'{notebook} has no cell tagged "parameters" with lines '
+                         '`name: type = default`: there is nothing to vary')
     defaults:dict[str, Any] = {}
     exec(source, defaults)
     types = dict(int=int, float=float, str=str, bool=bool)
     return {name: (types.get(kind), defaults[name]) for name, kind in kinds.items()}
 
 # %% ../nbs/parts/grid.ipynb #20976526
-PLACE = ('device', 'root', 'num_processes', 'resume', 'run_dir') # where and how a run is computed, not what
+# where and how a run is computed, not what
+PLACE = ('device', 'root', 'num_processes', 'resume', 'run_dir')
 _KEYS = ('notebook', 'parameters', 'grid', 'then', 'records', 'pages')
 
 @dataclass(frozen=True)
@@ -74,18 +80,26 @@ class Grid:
 def _stage(notebook:Path, given:dict[str, Any], where:str)->Stage:
     known, identity = notebook_parameters(notebook), {}
     for name, value in given.items():
-        if name not in known: raise ValueError(f'{where}: {notebook.name} has no parameter {name!r}{suggest(name, known) or "."} Its parameters are: {", ".join(known)}')
-        if name == 'run_dir': raise ValueError(f'{where}: run_dir is not allowed: a sweep gives every run a folder of its own')
+        if name not in known:
+            raise ValueError(f'{where}: {notebook.name} has no parameter {name!r}'
+                             f'{suggest(name, known) or "."} '
+                             f'Its parameters are: {", ".join(known)}')
+        if name == 'run_dir':
+            raise ValueError(f'{where}: run_dir is not allowed: '
+                             'a sweep gives every run a folder of its own')
         kind, default = known[name]
-        try: checked = check_param(name, value, param(kind, f'of {notebook.name}').metadata) if kind else value
+        try:
+            checked = (check_param(name, value, param(kind, f'of {notebook.name}').metadata) if kind
+                       else value)
         except ValueError as e: raise ValueError(f'{where}: {e}') from None
         if checked != default and name not in PLACE: identity[name] = checked
     return Stage(notebook, given, identity)
 
 def _folder(out:Path, stage:Stage, varied:dict[str, Any])->Path:
-    "The folder that has the run's digest, whatever it is called, or a new one named after what the grid varies"
+    "The folder with the run's digest, however named, or a new one named after what the grid varies"
     digest = hashlib.sha256(json.dumps(stage.key(), sort_keys=True).encode()).hexdigest()[:8]
-    name = '-'.join(v if isinstance(v, str) else f'{k}{v}' for k, v in varied.items()) or stage.notebook.stem
+    name = '-'.join(v if isinstance(v, str) else f'{k}{v}'
+                    for k, v in varied.items()) or stage.notebook.stem
     name = ''.join(c if c.isalnum() or c in '._-' else '_' for c in name)[:80]
     return next(iter(sorted(out.glob(f'*-{digest}'))), out/f'{name}-{digest}')
 
@@ -97,38 +111,50 @@ def _read_yaml(path:Path)->Any:
     def mapping(loader:Any, node:Any)->dict[Any, Any]:
         keys = [loader.construct_object(k) for k, _ in node.value]
         twice = [k for i, k in enumerate(keys) if k in keys[:i]]
-        if twice: raise ValueError(f'{path}, line {node.start_mark.line + 1}: {twice[0]!r} is there twice')
+        if twice:
+            raise ValueError(f'{path}, line {node.start_mark.line + 1}: '
+                             f'{twice[0]!r} is there twice')
         return loader.construct_mapping(node, deep=True)
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try: return yaml.load(path.read_text(encoding='utf-8'), Loader)
     except yaml.YAMLError as e: raise ValueError(f'{path} is not YAML: {e}') from None
 
 def _mapping(value:Any, what:str, allowed:tuple[str, ...] = ())->dict[str, Any]:
-    if not isinstance(value, dict): raise ValueError(f'{what} must be a mapping of names to values, not {value!r}')
+    if not isinstance(value, dict):
+        raise ValueError(f'{what} must be a mapping of names to values, not {value!r}')
     for key in value if allowed else ():
-        if key not in allowed: raise ValueError(f'{what} has no key {key!r}{suggest(key, allowed) or "."} The keys are: {", ".join(allowed)}')
+        if key not in allowed:
+            raise ValueError(f'{what} has no key {key!r}{suggest(key, allowed) or "."} '
+                             f'The keys are: {", ".join(allowed)}')
     return value
 
 def _notebook(value:Any, path:Path)->Path:
-    if not isinstance(value, str): raise ValueError(f'{path} names no notebook: write notebook: and a path relative to this file')
+    if not isinstance(value, str):
+        raise ValueError(f'{path} names no notebook: '
+                         'write notebook: and a path relative to this file')
     notebook = (path.parent/value).resolve()
-    if not notebook.is_file(): raise FileNotFoundError(f'{path} names {value}, but there is no notebook {notebook}')
+    if not notebook.is_file():
+        raise FileNotFoundError(f'{path} names {value}, but there is no notebook {notebook}')
     return notebook
 
 def _combinations(grid:Any, path:Path)->Iterator[dict[str, Any]]:
     for i, axes in enumerate(grid if isinstance(grid, list) else [grid]):
         where = f'{path}, grid' + (f' {i + 1}' if isinstance(grid, list) else '')
         for name, values in _mapping(axes, where).items():
-            if not isinstance(values, list) or not values: raise ValueError(f'{where}: {name} must be a list of at least one value, not {values!r}')
+            if not isinstance(values, list) or not values:
+                raise ValueError(f'{where}: {name} must be a list of at least one value, '
+                                 f'not {values!r}')
             twice = [v for j, v in enumerate(values) if v in values[:j]]
             if twice: raise ValueError(f'{where}: {name} lists {twice[0]!r} twice')
-        if not axes: raise ValueError(f'{where} is empty: name parameters and lists of their values')
+        if not axes:
+            raise ValueError(f'{where} is empty: name parameters and lists of their values')
         yield from (dict(zip(axes, values)) for values in itertools.product(*axes.values()))
 
 # %% ../nbs/parts/grid.ipynb #257c52c1
 def read_grid(
     path:str|Path, # the YAML file
-    out:str|Path|None = None, # folder of the sweep; None: runs/ and the file's name, in the current folder
+    # folder of the sweep; None: runs/ and the file's name, in the current folder
+    out:str|Path|None = None,
 )->Grid: # what it says
     "The runs that a file lists; whatever is wrong with it is an error here"
     path = Path(path)
@@ -136,26 +162,38 @@ def read_grid(
     spec = _mapping(_read_yaml(path), str(path), _KEYS)
     out = Path(out or Path('runs')/path.stem).resolve()
     records = spec.get('records')
-    if records and not (path.parent/records).is_dir(): raise FileNotFoundError(f'{path}, records: there is no folder {records}')
-    notebook, pages = _notebook(spec.get('notebook'), path), [_notebook(p, path) for p in spec.get('pages') or []]
+    if records and not (path.parent/records).is_dir():
+        raise FileNotFoundError(f'{path}, records: there is no folder {records}')
+    notebook, pages = (_notebook(spec.get('notebook'), path),
+                       [_notebook(p, path) for p in spec.get('pages') or []])
     fixed, later = _mapping(spec.get('parameters') or {}, f'{path}, parameters'), spec.get('then')
     if later:
         later = _mapping(later, f'{path}, then', ('notebook', 'parameters'))
-        second = _notebook(later.get('notebook'), path), _mapping(later.get('parameters') or {}, f'{path}, then, parameters')
-        if second[0].name == notebook.name: raise ValueError(f'{path}: both notebooks are called {notebook.name}; the second would overwrite the first')
+        second = (_notebook(later.get('notebook'), path),
+                  _mapping(later.get('parameters') or {}, f'{path}, then, parameters'))
+        if second[0].name == notebook.name:
+            raise ValueError(f'{path}: both notebooks are called {notebook.name}; '
+                             'the second would overwrite the first')
     runs:dict[str, Run] = {}
-    if not spec.get('grid'): raise ValueError(f"{path}: grid is {'empty' if 'grid' in spec else 'missing'}: name parameters and lists of their values under grid")
+    if not spec.get('grid'):
+        raise ValueError(f"{path}: grid is {'empty' if 'grid' in spec else 'missing'}: "
+                         "name parameters and lists of their values under grid")
     for combination in _combinations(spec['grid'], path):
         both = set(combination) & set(fixed)
-        if both: raise ValueError(f'{path}: {min(both)} is there twice, among parameters and in the grid')
+        if both:
+            raise ValueError(f'{path}: {min(both)} is there twice, '
+                             'among parameters and in the grid')
         stage = _stage(notebook, {**fixed, **combination}, str(path))
         folder = _folder(out, stage, combination)
         stages:tuple[Stage, ...] = (stage,)
         if later:
             then = _stage(*second, f'{path}, then')
-            fill = lambda v: v.replace('{run_dir}', str(stage.run_dir(folder))) if isinstance(v, str) else v
+            fill = lambda v: (v.replace('{run_dir}', str(stage.run_dir(folder)))
+                              if isinstance(v, str) else v)
             stages += (replace(then, given={k: fill(v) for k, v in then.given.items()}),)
         digest = folder.name[-8:]
-        if digest in runs: raise ValueError(f'{path} lists one run twice: {json.dumps(stage.given)} is the same as {json.dumps(runs[digest].stages[0].given)}')
+        if digest in runs:
+            raise ValueError(f'{path} lists one run twice: {json.dumps(stage.given)} '
+                             f'is the same as {json.dumps(runs[digest].stages[0].given)}')
         runs[digest] = Run(folder, stages)
     return Grid(list(runs.values()), (path.parent/records).resolve() if records else None, pages)

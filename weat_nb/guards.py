@@ -26,21 +26,26 @@ def check_images(
     x:object, # what the caller gave
 )->None:
     "Images must be a batch of floating-point pixels in [0, 1]"
-    if not isinstance(x, Tensor): raise TypeError(f"x must be a tensor of images, not {type(x).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor of images, not {type(x).__name__}")
     if not x.is_floating_point():
-        raise TypeError(f"x has dtype {x.dtype}; the attack needs pixels in [0, 1]: x.float() / 255")
+        raise TypeError(f"x has dtype {x.dtype}; the attack needs pixels in [0, 1]: "
+                        "x.float() / 255")
     if x.dtype in (torch.float16, torch.bfloat16):
-        raise TypeError(f"x has dtype {x.dtype}, too coarse for steps of 2/255; pass float32 images and run the model "
-                        "under torch.autocast")
+        raise TypeError(f"x has dtype {x.dtype}, too coarse for steps of 2/255; pass float32 "
+                        "images and run the model under torch.autocast")
     if x.dim() != 4 or not x.numel():
-        raise ValueError(f"x must be a non-empty batch of images (B, C, H, W), but has shape {tuple(x.shape)}")
+        raise ValueError("x must be a non-empty batch of images (B, C, H, W), "
+                         f"but has shape {tuple(x.shape)}")
     low, high = (v.item() for v in x.detach().aminmax())
     if low >= 0 and high <= 1: return
-    if not math.isfinite(low + high): cure = f"{int((~x.isfinite()).sum())} are NaN or infinite; find out where they come from"
+    if not math.isfinite(low + high):
+        cure = f"{int((~x.isfinite()).sum())} are NaN or infinite; find out where they come from"
     elif low > -.01 and high < 1.01: cure = "it is off by a rounding error only, use x.clamp(0, 1)"
     elif low >= 0: cure = "divide by 255"
     else: cure = "undo the mean/std normalisation and put it inside the model"
-    raise ValueError(f"pixels of x must lie in [0, 1], but they span [{low:.8g}, {high:.8g}]: {cure}")
+    raise ValueError("pixels of x must lie in [0, 1], "
+                     f"but they span [{low:.8g}, {high:.8g}]: {cure}")
 
 def check_labels(
     name:str, # what the caller's argument is called, for the error
@@ -49,10 +54,13 @@ def check_labels(
 )->int: # the largest label
     "Labels must be one class index per image"
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
-        raise TypeError(f"{name} must be an int64 tensor of class indices, not {getattr(y, 'dtype', type(y).__name__)}")
+        raise TypeError(f"{name} must be an int64 tensor of class indices, "
+                        f"not {getattr(y, 'dtype', type(y).__name__)}")
     if y.shape != x.shape[:1]:
-        raise ValueError(f"{name} must have one entry for each of {len(x)} images, but has shape {tuple(y.shape)}")
-    if y.device != x.device: raise ValueError(f"{name} is on {y.device} and x on {x.device}; move one of them")
+        raise ValueError(f"{name} must have one entry for each of {len(x)} images, "
+                         f"but has shape {tuple(y.shape)}")
+    if y.device != x.device:
+        raise ValueError(f"{name} is on {y.device} and x on {x.device}; move one of them")
     low, high = (int(v) for v in y.aminmax())
     if low < 0: raise ValueError(f"{name} holds the label {low}; classes count from 0")
     return high
@@ -62,14 +70,16 @@ def check_logits(
     x:Tensor, # (B, C, H, W) the images it was given
     largest:int, # the largest label
 )->Tensor: # the logits
-    "Logits must be (B, K), with a column for every label and a gradient where one is needed; reads shapes only"
+    "Logits must be (B, K), a column for every label, a gradient where needed; reads shapes only"
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"logits must have shape ({len(x)}, number of classes), given {given}")
     if largest >= logits.shape[1]:
-        raise ValueError(f"label {largest} is out of range: the model has the classes 0 to {logits.shape[1] - 1}")
+        raise ValueError(f"label {largest} is out of range: "
+                         f"the model has the classes 0 to {logits.shape[1] - 1}")
     if torch.is_grad_enabled() and not logits.requires_grad:
-        raise ValueError("the model's logits carry no gradient to the images; does it run under no_grad or detach?")
+        raise ValueError("the model's logits carry no gradient to the images; "
+                         "does it run under no_grad or detach?")
     return logits
 
 def check_name(
@@ -89,10 +99,13 @@ def check_lengths(
 )->None:
     "Radius and step are positive, in pixel units; steps is a count"
     for name, value in (("eps", eps), ("step_size", step_size)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{name}={value!r} must be a positive number in pixel units: 8/255 for 8 grey levels")
+        if (isinstance(value, bool) or not isinstance(value, (int, float))
+                or not 0 < value < math.inf):
+            raise ValueError(f"{name}={value!r} must be a positive number in pixel units: "
+                             "8/255 for 8 grey levels")
     if norm == "linf" and eps > 1:
-        raise ValueError(f"eps={eps:g} exceeds the range of a pixel, [0, 1]; {eps:g} grey levels are eps={eps:g}/255")
+        raise ValueError(f"eps={eps:g} exceeds the range of a pixel, [0, 1]; "
+                         f"{eps:g} grey levels are eps={eps:g}/255")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps={steps!r} must be an integer, 0 or more")
 
@@ -131,8 +144,9 @@ class _ImagesOnly(torch.autograd.Function):
 
 def images_only(
     model:Callable[[Tensor], Tensor], # images (B, C, H, W) -> logits (B, K)
-)->Callable[[Tensor], Tensor]: # the same function, through which a gradient reaches the images and nothing else
-    "The model as an attack may use it: no gradient for parameters, float32 logits that may be overwritten"
+    # the same function, through which a gradient reaches the images and nothing else
+)->Callable[[Tensor], Tensor]:
+    "The model for an attack: no gradient for parameters, float32 logits that may be overwritten"
     def logits_of(x:Tensor)->Tensor:
         if torch.is_grad_enabled() and x.requires_grad: return _ImagesOnly.apply(x, model)
         with torch.no_grad(): return as_float32(model(x)).clone()
@@ -153,13 +167,14 @@ def kept_rng()->Iterator[None]:
 
 # %% ../nbs/parts/guards.ipynb #90a2740c
 class GradientMaskingWarning(UserWarning):
-    "The gradient of a model is zero where an attack needs it, so the attack may overstate robustness"
+    "A model's gradient is zero where an attack needs it, so the attack may overstate robustness"
 
 def warn_if_masked(
     model:Callable[[Tensor], Tensor], # images -> logits (B, K), in evaluation mode
     x:Tensor, # (B, C, H, W) natural images in [0, 1]
     y:Tensor, # (B,) int64 labels
-    follows:str = "softmax", # what the attack differentiates: "softmax" (cross-entropy, KL) or "logits" (their differences)
+    # what the attack differentiates: "softmax" (cross-entropy, KL) or "logits" (their differences)
+    follows:str = "softmax",
     attack:str = "a gradient attack", # how to call the attack in the warning
     tolerance:float = .01, # share of images that may have no gradient, in [0, 1]
 )->float: # share of the correctly classified images whose gradient is zero or not finite, in [0, 1]
@@ -170,22 +185,27 @@ def warn_if_masked(
         other = z.scatter(1, y[:, None], -math.inf).amax(dim=1)
         margin = z.gather(1, y[:, None]).squeeze(1) - other
         losses = dict(softmax=F.cross_entropy(z, y, reduction="sum"), logits=margin.sum())
-        grads = {name: torch.autograd.grad(value, images, retain_graph=True)[0] for name, value in losses.items()}
+        grads = {name: torch.autograd.grad(value, images, retain_graph=True)[0]
+                 for name, value in losses.items()}
     right = margin.detach() > 0
     if not right.any(): return 0.
     sizes = {name: g.flatten(1).abs().amax(dim=1)[right] for name, g in grads.items()}
-    zero = {name: (~((size > 0) & size.isfinite())).double().mean().item() for name, size in sizes.items()}
+    zero = {name: (~((size > 0) & size.isfinite())).double().mean().item()
+            for name, size in sizes.items()}
     if zero[follows] <= tolerance: return zero[follows]
     what = "the cross-entropy" if follows == "softmax" else "the difference of the logits"
     if not sizes[follows].isfinite().all():
-        why = ("it is NaN or infinite (a root or a logarithm at 0, an overflow in half precision?); square needs no gradient")
+        why = ("it is NaN or infinite (a root or a logarithm at 0, an overflow in half "
+               "precision?); square needs no gradient")
     elif zero["logits"] >= zero[follows] / 2:
-        why = ("the logits do not change with the pixels (rounding, a threshold, dead units?); square needs no gradient")
+        why = ("the logits do not change with the pixels (rounding, a threshold, dead units?); "
+               "square needs no gradient")
     else:
         gap = margin.detach()[right].median().item()
-        why = (f"the softmax is one-hot in float32, the label leading by {gap:.0f} nats (median); apgd-dlr, apgd-t, fab and "
-               "cw read the logits instead")
-    warnings.warn(f"gradient masking: {what} has no gradient at {zero[follows]:.0%} of the {int(right.sum())} images "
-                  f"classified correctly, so {attack} cannot move them and may overstate robustness: {why}",
+        why = (f"the softmax is one-hot in float32, the label leading by {gap:.0f} nats (median); "
+               "apgd-dlr, apgd-t, fab and cw read the logits instead")
+    warnings.warn(f"gradient masking: {what} has no gradient at {zero[follows]:.0%} of the "
+                  f"{int(right.sum())} images classified correctly, so {attack} cannot move them "
+                  f"and may overstate robustness: {why}",
                   GradientMaskingWarning, stacklevel=2)
     return zero[follows]

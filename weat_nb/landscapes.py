@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import ATTACKS, ascent_loss, attack, check_values, pgd_loop, random_targets, starting_point
+from .attacks import (ATTACKS, ascent_loss, attack, check_values, pgd_loop, random_targets,
+                             starting_point)
 from .guards import check_name
 from .checkpoints import load_tensors, model_tensors, save_tensors
 from .data import ImageData, batches
@@ -27,7 +28,8 @@ from .energy import joint_energy, marginal_energy
 from .plots import COLOURS, Table
 from .runs import Progress, differences
 from .step import FrozenCopy, exact_float32
-from .verdicts import Interval, all_of, bootstrap_interval, claim_row, mean_interval, share_interval, verdict
+from .verdicts import (Interval, all_of, bootstrap_interval, claim_row, mean_interval,
+                              share_interval, verdict)
 
 # %% ../nbs/06_landscapes.ipynb #88c2f984
 @torch.no_grad()
@@ -41,7 +43,8 @@ def energy_record(
     out:dict[str, Tensor] = {}
     for name, images in (('nat', x), ('adv', x_adv)):
         z = net(images).float()
-        out |= {f'correct_{name}': (z.argmax(1) == y).float(), f'energy_{name}': marginal_energy(z), f'joint_{name}': joint_energy(z, y)}
+        out |= {f'correct_{name}': (z.argmax(1) == y).float(),
+                f'energy_{name}': marginal_energy(z), f'joint_{name}': joint_energy(z, y)}
     return {**out, **{f'delta_{k}': out[f'{k}_nat'] - out[f'{k}_adv'] for k in ('energy', 'joint')}}
 
 # %% ../nbs/06_landscapes.ipynb #f58a2b8f
@@ -62,17 +65,22 @@ def steps_record(
     "Energies along one run of an attack of fixed steps (supplement A.1, Figs. A and B)"
     check_name('name', name, FIXED_STEPS)
     loss = ATTACKS[name].settings['loss']
-    if list(counts) != sorted(set(counts)) or not counts or counts[0] < 0: raise ValueError(f'counts = {list(counts)} must be different numbers of steps, 0 or more, ascending')
+    if list(counts) != sorted(set(counts)) or not counts or counts[0] < 0:
+        raise ValueError(f'counts = {list(counts)} must be different numbers of steps, 0 or more, '
+                         'ascending')
     with torch.no_grad(): clean = net(x)
     target = random_targets(y, clean.shape[1], generator) if ATTACKS[name].targeted else None
     ascend = ascent_loss(loss, y, target, clean)
-    x_adv, done, found, values = starting_point(x, eps, start='gaussian' if loss == 'kl' else 'uniform', generator=generator), 0, [], []
+    x_adv, done, found, values = starting_point(
+        x, eps, start='gaussian' if loss == 'kl' else 'uniform', generator=generator), 0, [], []
     for count in counts:
-        x_adv, along = pgd_loop(net, x, x_adv, ascend, eps=eps, step_size=step_size, steps=count - done)
+        x_adv, along = pgd_loop(net, x, x_adv, ascend, eps=eps, step_size=step_size,
+                                steps=count - done)
         values.append(along)
         done = count
         record = energy_record(net, x, x_adv if count else x, y)
-        found.append(dict(energy=record['energy_adv'], joint=record['joint_adv'], correct=record['correct_adv']))
+        found.append(dict(energy=record['energy_adv'], joint=record['joint_adv'],
+                          correct=record['correct_adv']))
     check_values(torch.cat(values), loss)
     return {k: torch.stack([f[k] for f in found]) for k in found[0]}
 
@@ -80,12 +88,15 @@ def steps_record(
 def _digest(tensors:dict[str, Tensor])->str:
     "Short SHA-256 of named tensors"
     sha = hashlib.sha256()
-    for name, t in sorted(tensors.items()): sha.update(name.encode() + t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name, t in sorted(tensors.items()):
+        sha.update(name.encode()
+                   + t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 
 # %% ../nbs/06_landscapes.ipynb #77e32a17
 def over_batches(
-    measure:Callable[[Tensor, Tensor, int], dict[str, Tensor]], # x, y and a seed of the batch's own -> tensors whose last dimension is B
+    # x, y and a seed of the batch's own -> tensors whose last dimension is B
+    measure:Callable[[Tensor, Tensor, int], dict[str, Tensor]],
     data:ImageData, # N images, on the device of the model
     *,
     seed:int = 0, # of the first batch
@@ -97,12 +108,16 @@ def over_batches(
     "Measure batch by batch, taking up what an earlier call has kept"
     found, start = [], 0
     for x, y in batches(data, batch_size):
-        path, own = folder and folder/f'{start:05d}-{len(x):03d}.safetensors', {**(settings or {}), 'images': _digest(dict(x=x, y=y))}
+        path, own = (folder and folder/f'{start:05d}-{len(x):03d}.safetensors',
+                     {**(settings or {}), 'images': _digest(dict(x=x, y=y))})
         if path and path.exists():
             tensors, kept = load_tensors(path)
-            if other := differences({k: kept.get(k) for k in own}, own): raise ValueError(f'{path} was measured with other settings ({other}): name another run_dir')
+            if other := differences({k: kept.get(k) for k in own}, own):
+                raise ValueError(f'{path} was measured with other settings ({other}): '
+                                 'name another run_dir')
         else:
-            with exact_float32(): tensors = {k: v.cpu() for k, v in measure(x, y, seed + start).items()}
+            with exact_float32():
+                tensors = {k: v.cpu() for k, v in measure(x, y, seed + start).items()}
             if path: save_tensors(path, tensors, own)
         found.append(tensors)
         start += len(x)
@@ -123,9 +138,12 @@ def attack_energies(
 )->dict[str, Tensor]: # (N,) each: what `energy_record` says
     "Energies of natural images and of the same images under one attack"
     net, device = FrozenCopy(model), next(model.parameters()).device
-    measure = lambda x, y, s: energy_record(net, x, attack(name, net, x, y, eps=eps, seed=s, **options), y)
-    settings = dict(weights=_digest(model_tensors(model)), attack=name, eps=eps, seed=seed, **options)
-    return over_batches(measure, data.to(device), seed=seed, batch_size=batch_size, folder=folder, settings=settings, progress=progress)
+    measure = lambda x, y, s: energy_record(
+        net, x, attack(name, net, x, y, eps=eps, seed=s, **options), y)
+    settings = dict(weights=_digest(model_tensors(model)), attack=name, eps=eps, seed=seed,
+                    **options)
+    return over_batches(measure, data.to(device), seed=seed, batch_size=batch_size, folder=folder,
+                        settings=settings, progress=progress)
 
 def steps_energies(
     model:nn.Module, # logits (B, K) from images in [0, 1]
@@ -143,15 +161,18 @@ def steps_energies(
     "Energies of many images along one run of an attack of fixed steps"
     net, device = FrozenCopy(model), next(model.parameters()).device
     own:dict[str, Any] = dict(counts=list(counts), eps=eps, step_size=step_size)
-    measure = lambda x, y, s: steps_record(net, x, y, name=name, generator=torch.Generator().manual_seed(s), **own)
+    measure = lambda x, y, s: steps_record(
+        net, x, y, name=name, generator=torch.Generator().manual_seed(s), **own)
     settings = dict(weights=_digest(model_tensors(model)), seed=seed, attack=name, **own)
-    return over_batches(measure, data.to(device), seed=seed, batch_size=batch_size, folder=folder, settings=settings, progress=progress)
+    return over_batches(measure, data.to(device), seed=seed, batch_size=batch_size, folder=folder,
+                        settings=settings, progress=progress)
 
 def between(
     study:dict[str, Tensor], # a `steps_record` whose first count is 0
 )->dict[str, Tensor]: # (N,) each, as `energy_record` has them
     "The record of the attack's last iterate, beside the natural images"
-    out = {f'{k}_{s}': study[k][i] for k in ('correct', 'energy', 'joint') for s, i in (('nat', 0), ('adv', -1))}
+    out = {f'{k}_{s}': study[k][i] for k in ('correct', 'energy', 'joint')
+           for s, i in (('nat', 0), ('adv', -1))}
     return {**out, **{f'delta_{k}': out[f'{k}_nat'] - out[f'{k}_adv'] for k in ('energy', 'joint')}}
 
 # %% ../nbs/06_landscapes.ipynb #4bdff46e
@@ -159,23 +180,28 @@ def auroc(
     low:Tensor, # (N,) values expected to be low: the energies of attacked images
     high:Tensor, # (M,) values expected to be high: the energies of natural images
 )->float: # in [0, 1]
-    "Probability that a value of `low` lies below one of `high`, ties counting one half: the area under the ROC curve"
-    if not len(low) or not len(high): raise ValueError(f'auroc compares two groups, given {len(low)} and {len(high)} values')
+    "Area under the ROC curve: probability that a `low` lies below a `high`, ties counting one half"
+    if not len(low) or not len(high):
+        raise ValueError(f'auroc compares two groups, given {len(low)} and {len(high)} values')
     ranked, high = low.double().sort().values, high.double()
-    below, not_above = torch.searchsorted(ranked, high), torch.searchsorted(ranked, high, right=True)
+    below, not_above = (torch.searchsorted(ranked, high),
+                        torch.searchsorted(ranked, high, right=True))
     return ((below + not_above).double().mean()/(2*len(ranked))).item()
 
 # %% ../nbs/06_landscapes.ipynb #da65ea63
 def valley(
     values:Tensor, # (N,), N at least 2
     least:float = .1, # share of the values that must lie on each side, in (0, 0.5)
-)->tuple[float, float]: # (where the valley lies, its density divided by that of the lower of the two peaks beside it); 1 for a single mode
+    # (where the valley lies, its density divided by that of the lower of the two peaks beside it);
+    # 1 for a single mode
+)->tuple[float, float]:
     "The deepest valley of a smoothed distribution"
     v = values.double()
     q = v.quantile(torch.tensor([least, .25, .75, 1 - least], dtype=v.dtype))
     spread = min(v.std().item(), (q[2] - q[1]).item()/1.34) or v.std().item()
     if spread == 0: return v[0].item(), 1.
-    grid, width = torch.linspace(v.min().item(), v.max().item(), 512, dtype=v.dtype), .9*spread*len(v)**-.2
+    grid, width = (torch.linspace(v.min().item(), v.max().item(), 512, dtype=v.dtype),
+                   .9*spread*len(v)**-.2)
     density = torch.exp(-((grid[:, None] - v)/width)**2/2).sum(1)
     peaks = torch.minimum(density.cummax(0).values, density.flip(0).cummax(0).values.flip(0))
     depth = torch.where((grid > q[0]) & (grid < q[3]), density/peaks, 1.)
@@ -183,8 +209,10 @@ def valley(
     return grid[i].item(), depth[i].item()
 
 # %% ../nbs/06_landscapes.ipynb #f57fa308
-LABELS = {'pgd': 'PGD', 'trades': 'TRADES (KL)', 'pgd-t': 'PGD-T', 'pgd-dlr': 'PGD-DLR', 'apgd': 'APGD', 'apgd-t': 'APGD-T', 'apgd-dlr': 'APGD-DLR', 'fab': 'FAB', 'fab-t': 'FAB-T',
-          'square': 'Square', 'cw-l2': 'CW (ℓ2)', 'cw-linf': 'CW (ℓ∞)'}
+LABELS = {'pgd': 'PGD', 'trades': 'TRADES (KL)', 'pgd-t': 'PGD-T', 'pgd-dlr': 'PGD-DLR',
+          'apgd': 'APGD', 'apgd-t': 'APGD-T', 'apgd-dlr': 'APGD-DLR',
+          'fab': 'FAB', 'fab-t': 'FAB-T', 'square': 'Square',
+          'cw-l2': 'CW (ℓ2)', 'cw-linf': 'CW (ℓ∞)'}
 KINDS = {'energy': '$E(x)$', 'joint': '$E(x, y)$'}
 
 def short_name(
@@ -213,8 +241,10 @@ def plot_attack_histograms(
         limits = min(v.min().item() for v in values), max(v.max().item() for v in values)
         for ax, (name, m) in zip(panels[k*nrows:(k + 1)*nrows].flat, measured.items()):
             for group, s in (('natural', 'nat'), ('attacked', 'adv')):
-                ax.hist(m[f'{kind}_{s}'].numpy(), bins=bins, range=limits, alpha=.6, color=COLOURS[group], label=group)
-            ax.set_title(f"{LABELS.get(name, name)}, {100*m['correct_adv'].mean():.1f} % correct", fontsize=9)
+                ax.hist(m[f'{kind}_{s}'].numpy(), bins=bins, range=limits, alpha=.6,
+                        color=COLOURS[group], label=group)
+            ax.set_title(f"{LABELS.get(name, name)}, {100*m['correct_adv'].mean():.1f} % correct",
+                         fontsize=9)
             ax.spines[['top', 'right']].set_visible(False)
         panels[k*nrows, 0].legend(frameon=False, fontsize=7)
         for ax in panels[k*nrows:(k + 1)*nrows, 0]: ax.set_ylabel('images')
@@ -239,18 +269,22 @@ def plot_steps(
     ax:Any, # where to draw
     spread:bool = True, # draw the standard deviation over the images as bars
 )->Any: # the axes
-    "Mean energy against the number of steps, the accuracy that is left (%) written beside each point (Figs. A and B)"
+    "Mean energy against the number of steps, accuracy left (%) beside each point (Figs. A and B)"
     at = range(len(counts)) # evenly spaced: the counts grow about geometrically
     means = {label: s[kind].mean(1).tolist() for label, s in studies.items()}
     lines = {}
     for i, (label, s) in enumerate(studies.items()):
         aside = .06*(i - (len(studies) - 1)/2)
-        lines[label] = ax.errorbar([p + aside for p in at], means[label], yerr=s[kind].std(1, correction=0).tolist() if spread else None, marker='o', markersize=4, lw=1.2, capsize=2, elinewidth=.7, label=label)
+        lines[label] = ax.errorbar(
+            [p + aside for p in at], means[label],
+            yerr=s[kind].std(1, correction=0).tolist() if spread else None,
+            marker='o', markersize=4, lw=1.2, capsize=2, elinewidth=.7, label=label)
     low, high = ax.get_ylim()
     for j in at:
         heights = _apart([m[j] for m in means.values()], (high - low)*.045)
         for height, (label, s) in zip(heights, studies.items()):
-            ax.text(j + .14, height, f"{100*s['correct'][j].mean():.0f}", fontsize=7, va='center', color=lines[label][0].get_color(),
+            ax.text(j + .14, height, f"{100*s['correct'][j].mean():.0f}", fontsize=7, va='center',
+                    color=lines[label][0].get_color(),
                     bbox=dict(facecolor='white', edgecolor='none', alpha=.7, pad=.4))
     ax.set_xticks(list(at), [str(c) for c in counts])
     ax.set(xlabel='attack steps', ylabel=f'{KINDS[kind]} (nats)', xlim=(-.3, len(counts) - .4))
@@ -266,11 +300,15 @@ def plot_violins(
 )->Any: # the axes
     "Distribution of ΔE for each model, ordered by the accuracy that is left"
     order = sorted(records, key=lambda m: records[m]['correct_adv'].mean().item())
-    parts = ax.violinplot([records[m][f'delta_{kind}'].numpy() for m in order], widths=.85, showmedians=True, showextrema=False)
+    parts = ax.violinplot([records[m][f'delta_{kind}'].numpy() for m in order], widths=.85,
+                          showmedians=True, showextrema=False)
     for body in parts['bodies']: body.set(facecolor=COLOURS['natural'], alpha=.55)
     parts['cmedians'].set(color='black', lw=1)
     ax.axhline(0, color='black', lw=.8, ls='--')
-    ax.set_xticks(range(1, len(order) + 1), [f"{short_name(m)}\n{100*records[m]['correct_adv'].mean():.1f} %".replace('-', '\n') for m in order], fontsize=7)
+    ax.set_xticks(
+        range(1, len(order) + 1),
+        [f"{short_name(m)}\n{100*records[m]['correct_adv'].mean():.1f} %".replace('-', '\n')
+         for m in order], fontsize=7)
     ax.set_ylabel({'energy': r'$\Delta E(x)$ (nats)', 'joint': r'$\Delta E(x, y)$ (nats)'}[kind])
     return ax
 
@@ -278,8 +316,10 @@ def plot_violins(
 def tidy_energies(
     measured:dict[tuple[str, str], dict[str, Tensor]], # (model, attack) -> its `energy_record`
 )->list[dict[str, Any]]: # a row for each model, attack and image
-    "The measured energies as rows: model, attack, image, correct before and after, energies and their differences (nats)"
-    return [dict(model=model, attack=name, image=i, **{k: bool(v[i]) if k.startswith('correct') else round(v[i].item(), 5) for k, v in record.items()})
+    "Measurements as rows: model, attack, image, correct before and after, energies, their Δ (nats)"
+    return [dict(model=model, attack=name, image=i,
+                 **{k: bool(v[i]) if k.startswith('correct') else round(v[i].item(), 5)
+                    for k, v in record.items()})
             for (model, name), record in measured.items() for i in range(len(record['energy_nat']))]
 
 def shift(
@@ -296,18 +336,24 @@ def attack_table(
     "Accuracy that is left, energies, shifts and separability"
     rows = []
     for (model, name), m in measured.items():
-        row = {'model': short_name(model), 'attack': LABELS.get(name, name), 'correct (%)': 100*m['correct_adv'].double().mean().item()}
-        for kind, natural, attacked in (('energy', 'E(x)', 'E(x*)'), ('joint', 'E(x, y)', 'E(x*, y)')):
+        row = {'model': short_name(model), 'attack': LABELS.get(name, name),
+               'correct (%)': 100*m['correct_adv'].double().mean().item()}
+        for kind, natural, attacked in (('energy', 'E(x)', 'E(x*)'),
+                                        ('joint', 'E(x, y)', 'E(x*, y)')):
             mean, error = shift(m, kind)
-            row |= {natural: m[f'{kind}_nat'].mean().item(), attacked: m[f'{kind}_adv'].mean().item(), f'shift of {natural}': f'{mean:+.2f} ± {error:.2f}',
+            row |= {natural: m[f'{kind}_nat'].mean().item(),
+                    attacked: m[f'{kind}_adv'].mean().item(),
+                    f'shift of {natural}': f'{mean:+.2f} ± {error:.2f}',
                     f'AUROC of {natural}': auroc(m[f'{kind}_adv'], m[f'{kind}_nat'])}
         rows.append(row)
     return Table(rows)
 
 # %% ../nbs/06_landscapes.ipynb #462de741
-def _correct(record:dict[str, Tensor])->float: return 100*record['correct_adv'].double().mean().item()
+def _correct(record:dict[str, Tensor])->float:
+    return 100*record['correct_adv'].double().mean().item()
 
-def _rise(record:dict[str, Tensor], kind:str = 'energy')->Interval: return mean_interval(-record[f'delta_{kind}'])
+def _rise(record:dict[str, Tensor], kind:str = 'energy')->Interval:
+    return mean_interval(-record[f'delta_{kind}'])
 
 def _modes(m:dict[str, Tensor])->str:
     "What lies on either side of the valley of E(x*, y)"
@@ -315,8 +361,9 @@ def _modes(m:dict[str, Tensor])->str:
     if depth >= .5: return 'one mode in these images'
     left = m['joint_adv'] < where
     still = [100*m['correct_adv'][side].double().mean().item() for side in (left, ~left)]
-    return (f'valley at {where:.1f} nats; left of it {100*left.double().mean():.0f} % of the images, of which the network classifies '
-            f'{still[0]:.0f} % correctly, right of it {still[1]:.0f} %')
+    return (f'valley at {where:.1f} nats; left of it {100*left.double().mean():.0f} % of the '
+            f'images, of which the network classifies {still[0]:.0f} % correctly, '
+            f'right of it {still[1]:.0f} %')
 
 # %% ../nbs/06_landscapes.ipynb #76e57415
 def overlap(
@@ -331,39 +378,51 @@ def overlap(
     return torch.minimum(f, g).sum().item()
 
 # %% ../nbs/06_landscapes.ipynb #73652f4a
-LOWERS = dict.fromkeys(('pgd', 'trades', 'apgd', 'pgd-dlr'), 'abstract: an untargeted attack lowers it')
+LOWERS = dict.fromkeys(('pgd', 'trades', 'apgd', 'pgd-dlr'),
+                       'abstract: an untargeted attack lowers it')
 RAISES = {'pgd-t': 'abstract: a targeted attack raises it',
-          **dict.fromkeys(('apgd-t', 'apgd-dlr', 'fab', 'fab-t', 'square', 'cw-l2', 'cw-linf'), 'Fig. C: right of natural')}
+          **dict.fromkeys(('apgd-t', 'apgd-dlr', 'fab', 'fab-t', 'square', 'cw-l2', 'cw-linf'),
+                          'Fig. C: right of natural')}
 
 def attack_claims(
-    measured:dict[str, dict[str, Tensor]], # attack -> its `energy_record`, of one model and the same images
+    measured:dict[str, dict[str, Tensor]], # attack -> its `energy_record`, one model, same images
     where:str = '', # the model's name
-    defeated:float = 10., # robust accuracy (%) under the strongest attack below which a network counts as not robust
-)->list[dict[str, Any]]: # rows of `claim_row` about the attacks that were run; none for a robust network
-    "Claims of the abstract, Fig. C and its caption, which are about networks that an attack defeats"
+    # robust accuracy (%) under the strongest attack below which a network counts as not robust
+    defeated:float = 10.,
+)->list[dict[str, Any]]: # rows of `claim_row` about the attacks run; none for a robust network
+    "Claims of the abstract, Fig. C and its caption, about networks that an attack defeats"
     if min(map(_correct, measured.values())) >= defeated: return []
     rows, pgd, trades = [], measured.get('pgd'), measured.get('trades')
     def add(claim:str, found:Interval, side:str, threshold:float = 0., **more:Any)->None:
         rows.append(claim_row(claim, found, side, threshold, where=where, **more))
     for name, m in measured.items():
         note = f"AUROC {auroc(m['energy_adv'], m['energy_nat']):.2f}"
-        if name in LOWERS: add(f'{LABELS[name]} lowers E(x)', _rise(m), 'below', paper=LOWERS[name], note=note)
-        if name in RAISES: add(f'{LABELS[name]} raises E(x)', _rise(m), 'above', paper=RAISES[name], note=note)
+        if name in LOWERS:
+            add(f'{LABELS[name]} lowers E(x)', _rise(m), 'below', paper=LOWERS[name], note=note)
+        if name in RAISES:
+            add(f'{LABELS[name]} raises E(x)', _rise(m), 'above', paper=RAISES[name], note=note)
     rises = {name: _rise(m, 'joint') for name, m in measured.items()}
     least = min(rises, key=lambda name: rises[name].low)
-    add('Every attack raises E(x, y)', rises[least], 'above', paper='Fig. C', note=f'least under {LABELS[least]}')
+    add('Every attack raises E(x, y)', rises[least], 'above', paper='Fig. C',
+        note=f'least under {LABELS[least]}')
     n = len(next(iter(measured.values()))['energy_nat'])
     if pgd:
-        add('Fewer than 1 % are robust under PGD', share_interval(pgd['correct_adv']), 'below', 1., unit='%', paper='0 %')
+        add('Fewer than 1 % are robust under PGD', share_interval(pgd['correct_adv']), 'below', 1.,
+            unit='%', paper='0 %')
         add('E(x, y) under PGD has one mode: its valley is at least half as high as the lower peak',
-            bootstrap_interval(lambda i: valley(pgd['joint_adv'][i])[1], n), 'above', .5, unit='', paper='one mode')
+            bootstrap_interval(lambda i: valley(pgd['joint_adv'][i])[1], n), 'above', .5,
+            unit='', paper='one mode')
     if trades:
         add('E(x, y) under TRADES has two modes: the valley is lower than half of the lower peak',
-            bootstrap_interval(lambda i: valley(trades['joint_adv'][i])[1], n), 'below', .5, unit='', paper='two modes', note=_modes(trades))
+            bootstrap_interval(lambda i: valley(trades['joint_adv'][i])[1], n), 'below', .5,
+            unit='', paper='two modes', note=_modes(trades))
     if pgd and trades:
         more = mean_interval(100*(trades['correct_adv'] - pgd['correct_adv']))
-        add('TRADES leaves 10 points more robust accuracy than PGD', more, 'above', 10., unit='points', paper='30 % against 0 %')
-        ratio = lambda i: (trades['joint_adv'][i].std()/pgd['joint_adv'][i].std().clamp(min=1e-9)).item() # one image may be drawn n times
+        add('TRADES leaves 10 points more robust accuracy than PGD', more, 'above', 10.,
+            unit='points', paper='30 % against 0 %')
+        # one image may be drawn n times
+        ratio = lambda i: (trades['joint_adv'][i].std()
+                           /pgd['joint_adv'][i].std().clamp(min=1e-9)).item()
         add('E(x, y) spreads more under TRADES than under PGD: ratio of standard deviations',
             bootstrap_interval(ratio, n), 'above', 1., unit='', paper='much larger')
     others = [m for name, m in measured.items() if name != 'cw-l2']
@@ -372,36 +431,44 @@ def attack_claims(
         ends = every.min().item(), every.max().item()
         shared = lambda m, i: overlap(m['energy_adv'][i], m['energy_nat'][i], *ends)
         lead = bootstrap_interval(lambda i: shared(cw, i) - max(shared(m, i) for m in others), n)
-        add('Under CW, E(x) overlaps most with natural images: lead of its overlap coefficient', lead, 'above', unit='', paper='Fig. C',
-            note=', '.join(f'{LABELS[name]} {shared(m, slice(None)):.2f}' for name, m in measured.items()))
+        add('Under CW, E(x) overlaps most with natural images: lead of its overlap coefficient',
+            lead, 'above', unit='', paper='Fig. C',
+            note=', '.join(f'{LABELS[name]} {shared(m, slice(None)):.2f}'
+                           for name, m in measured.items()))
     return rows
 
 def steps_claims(
-    studies:dict[tuple[str, str], dict[str, Tensor]], # (model, attack) -> its `steps_record`; the first count is 0
+    # (model, attack) -> its `steps_record`; the first count is 0
+    studies:dict[tuple[str, str], dict[str, Tensor]],
     counts:Sequence[int], # the numbers of steps
 )->list[dict[str, Any]]: # rows of `claim_row`
-    "Claims of Figs. 1(a), A and B, for all models together: the change from the first attacked count to the last"
+    "Claims of Figs. 1(a), A and B, all models together: change from first attacked count to last"
     rows = []
     for name in [name for name in ('pgd', 'trades') if any(of == name for _, of in studies)]:
         own = {model: s for (model, of), s in studies.items() if of == name}
-        for kind, side, verb, label in (('energy', 'below', 'falls', 'E(x)'), ('joint', 'above', 'rises', 'E(x, y)')):
+        for kind, side, verb, label in (('energy', 'below', 'falls', 'E(x)'),
+                                        ('joint', 'above', 'rises', 'E(x, y)')):
             sign = 1 if side == 'above' else -1
             change = {model: mean_interval(s[kind][-1] - s[kind][1]) for model, s in own.items()}
             going = torch.cat([sign*s[kind][1:].double().mean(1).diff() > 0 for s in own.values()])
-            first = sum(bool(sign*(s[kind][1] - s[kind][0]).double().mean() > 0) for s in own.values())
+            first = sum(bool(sign*(s[kind][1] - s[kind][0]).double().mean() > 0)
+                        for s in own.values())
             least = min(change, key=lambda model: sign*change[model].estimate)
-            row = claim_row(f'{label} {verb} from step {counts[1]} of {LABELS[name]} to the last, whatever the depth', change[least], side,
-                            paper='Figs. 1(a), A, B', needs=dict(networks=3), reached=dict(networks=len(own)),
-                            note=f'{short_name(least)}, the least; {verb} in {int(going.sum())} of {len(going)} intervals from step {counts[1]} on; '
+            row = claim_row(f'{label} {verb} from step {counts[1]} of {LABELS[name]} to the last, '
+                            'whatever the depth', change[least], side, paper='Figs. 1(a), A, B',
+                            needs=dict(networks=3), reached=dict(networks=len(own)),
+                            note=f'{short_name(least)}, the least; {verb} in {int(going.sum())} of '
+                                 f'{len(going)} intervals from step {counts[1]} on; '
                                  f'from 0 to {counts[1]} in {first} of {len(own)} networks')
             each = [verdict(c, side) for c in change.values()]
-            rows.append(row if row['verdict'] == 'not tested at scale' else {**row, 'verdict': all_of(each)})
+            rows.append(row if row['verdict'] == 'not tested at scale'
+                        else {**row, 'verdict': all_of(each)})
     return rows
 
 def robustness_claim(
-    records:dict[str, dict[str, Tensor]], # model -> its `energy_record` under one attack, of the same images
+    records:dict[str, dict[str, Tensor]], # model -> its `energy_record`, one attack, same images
 )->list[dict[str, Any]]: # a row of `claim_row` for each energy
-    "Claim of the violins: the more robust a model, the less its energies move; Kendall's rank correlation over the models"
+    "Claim of the violins: energies of more robust models move less; Kendall's rank correlation"
     rows, models = [], list(records.values())
     n = len(models[0]['correct_adv'])
     robust = torch.stack([m['correct_adv'] for m in models]).double()
@@ -411,7 +478,9 @@ def robustness_claim(
             a, b = robust[:, i].mean(1), size[:, i].mean(1)
             agree = torch.sign(a[:, None] - a)*torch.sign(b[:, None] - b)
             return agree.sum().item()/max(len(a)*(len(a) - 1), 1)
-        rows.append(claim_row(f"The more robust the model, the smaller the mean |{label}|: Kendall's τ is negative", bootstrap_interval(kendall, n),
-                              'below', unit='', paper='→ 0', note='; '.join(f'{short_name(m)} {s.mean():.2f}' for m, s in zip(records, size)),
-                              needs=dict(networks=5), reached=dict(networks=len(records))))
+        rows.append(claim_row(
+            f"The more robust the model, the smaller the mean |{label}|: Kendall's τ is negative",
+            bootstrap_interval(kendall, n), 'below', unit='', paper='→ 0',
+            note='; '.join(f'{short_name(m)} {s.mean():.2f}' for m, s in zip(records, size)),
+            needs=dict(networks=5), reached=dict(networks=len(records))))
     return rows

@@ -18,18 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .energy import _check_labels, _checked_logits, delta_energy, energy_weight, marginal_energy
+from .energy import (_check_labels, _checked_logits, delta_energy, energy_weight,
+                            marginal_energy)
 from .params import suggest
 
 # %% ../nbs/03_losses.ipynb #7dd81b8b
 def _inputs(y:Tensor, **logits:Tensor)->list[Tensor]:
-    "Logits that fit each other and the labels, float32 or better, in the order given; reads no value"
+    "Logits that fit each other and the labels, float32 or better, in their order; reads no value"
     checked = [_checked_logits(z, name) for name, z in logits.items()]
     for name, z in zip(logits, checked):
         if len(z) == 0: raise ValueError(f"{name} is an empty batch, which has no mean loss")
-        if z.shape[1] < 2: raise ValueError(f"{name} must have at least 2 classes, given shape {tuple(z.shape)}")
+        if z.shape[1] < 2:
+            raise ValueError(f"{name} must have at least 2 classes, given shape {tuple(z.shape)}")
         if z.shape != checked[0].shape:
-            raise ValueError(f"logits {tuple(checked[0].shape)} and {name} {tuple(z.shape)} must have the same shape")
+            raise ValueError(f"logits {tuple(checked[0].shape)} and {name} {tuple(z.shape)} "
+                             "must have the same shape")
     _check_labels(y, checked[0])
     return checked
 
@@ -57,8 +60,10 @@ def kl_divergence(
     r"$\mathrm{KL}(p(\cdot \mid x) \,\Vert\, p(\cdot \mid x^\star))$ of every sample, in log space"
     z, z_adv = _checked_logits(logits), _checked_logits(logits_adv, "logits_adv")
     if z.shape != z_adv.shape:
-        raise ValueError(f"logits {tuple(z.shape)} and logits_adv {tuple(z_adv.shape)} must have the same shape")
-    return F.kl_div(F.log_softmax(z_adv, dim=1), F.log_softmax(z, dim=1), reduction="none", log_target=True).sum(dim=1)
+        raise ValueError(f"logits {tuple(z.shape)} and logits_adv {tuple(z_adv.shape)} "
+                         "must have the same shape")
+    return F.kl_div(F.log_softmax(z_adv, dim=1), F.log_softmax(z, dim=1),
+                    reduction="none", log_target=True).sum(dim=1)
 
 # %% ../nbs/03_losses.ipynb #3fd9cd88
 def standard_loss(
@@ -106,13 +111,15 @@ def mart_loss(
     beta:float = 5., # price of the divergence; MART's authors use 5 for a ResNet-18
     reduction:str = "mean", # "mean", "sum" or "none"
 )->Tensor: # a number, or (B,)
-    r"MART (Wang et al. 2020): boosted CE at $x^\star$ $+\ \beta\,(1 - p_y)\,\mathrm{KL}(p \,\Vert\, p^\star)$"
+    r"""MART (Wang et al. 2020):
+    boosted CE at $x^\star$ $+\ \beta\,(1 - p_y)\,\mathrm{KL}(p \,\Vert\, p^\star)$"""
     _check_beta(beta)
     z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
     label = y[:, None]
     log_p_adv = F.log_softmax(z_adv, dim=1)
     strongest = log_p_adv.scatter(1, label, -math.inf).argmax(dim=1, keepdim=True)
-    log_rest = log_p_adv.scatter(1, strongest, -math.inf).logsumexp(dim=1) # log(1 - p*_k), k the strongest wrong class
+    # log(1 - p*_k), k the strongest wrong class
+    log_rest = log_p_adv.scatter(1, strongest, -math.inf).logsumexp(dim=1)
     boosted = -log_p_adv.gather(1, label).squeeze(1) - log_rest
     doubt = -torch.expm1(F.log_softmax(z, dim=1).gather(1, label).squeeze(1)) # 1 - p_y
     return _reduce(boosted + beta * doubt * kl_divergence(z, z_adv), reduction)
@@ -139,7 +146,8 @@ def mail_trades_loss(
     weighted:bool = True, # False during the burn-in: every weight is 1
     reduction:str = "mean", # "mean", "sum" or "none"
 )->Tensor: # a number, or (B,)
-    r"MAIL-TRADES (Wang, Liu et al. 2021): $-\log p_y + \beta w\,\mathrm{KL}(p \Vert p^\star)$, $w$ from the margin"
+    r"""MAIL-TRADES (Wang, Liu et al. 2021): $-\log p_y + \beta w\,\mathrm{KL}(p \Vert p^\star)$,
+    $w$ from the margin"""
     if not weighted: return trades_loss(logits, logits_adv, y, beta=beta, reduction=reduction)
     _check_beta(beta)
     z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
@@ -156,9 +164,11 @@ def weat_loss(
     variant:str = "adv", # where the cross-entropy is taken: "adv" at x*, "nat" at x
     reduction:str = "mean", # "mean", "sum" or "none"
 )->Tensor: # a number, or (B,)
-    r"WEAT (Algorithm 1): $w\,\mathcal{L}_{CE} + \beta w\,\mathrm{KL}(p \Vert p^\star)$, $w = 1/\log(1 + \exp|E(x)|)$"
+    r"""WEAT (Algorithm 1): $w\,\mathcal{L}_{CE} + \beta w\,\mathrm{KL}(p \Vert p^\star)$,
+    $w = 1/\log(1 + \exp|E(x)|)$"""
     _check_beta(beta)
-    if variant not in ("adv", "nat"): raise ValueError(f"variant={variant!r} is not one of adv, nat")
+    if variant not in ("adv", "nat"):
+        raise ValueError(f"variant={variant!r} is not one of adv, nat")
     z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
     weight = energy_weight(marginal_energy(z.detach()))
     classify = _cross_entropy(z_adv if variant == "adv" else z, y)
@@ -172,17 +182,21 @@ def der_loss(
     *,
     beta:float = 1., # price of a nat of distance beyond gamma; a choice of this project
     gamma:float = 1., # distance that is free, in nats; a choice of this project
-    abnormal_only:bool = False, # charge only where the attack has lowered the loss: the form for single-step training
+    # charge only where the attack has lowered the loss: the form for single-step training
+    abnormal_only:bool = False,
     reduction:str = "mean", # "mean", "sum" or "none"
 )->Tensor: # a number, or (B,)
-    r"DER (arXiv 2505.22486): $-\log p^\star_y + \beta\,[\mathbb{1}]\max(\lVert[\Delta E(x), \Delta E(x, y)]\rVert_2 - \gamma, 0)$"
+    r"""DER (arXiv 2505.22486): $-\log p^\star_y +
+    \beta\,[\mathbb{1}]\max(\lVert[\Delta E(x), \Delta E(x, y)]\rVert_2 - \gamma, 0)$"""
     _check_beta(beta)
     _check_beta(gamma, "gamma")
     z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
     drift = torch.stack([delta_energy(z, z_adv), delta_energy(z, z_adv, y)])
     large = drift.detach().abs().amax(dim=0)
-    unit = torch.where(large > 1e9, large, 1.) # squares of energies beyond 1e19 nats would overflow in float32
-    length = unit * torch.linalg.vector_norm(drift / unit, dim=0) # this norm's gradient is 0 at 0, where that of sqrt is NaN
+    # squares of energies beyond 1e19 nats would overflow in float32
+    unit = torch.where(large > 1e9, large, 1.)
+    # this norm's gradient is 0 at 0, where that of sqrt is NaN
+    length = unit * torch.linalg.vector_norm(drift / unit, dim=0)
     excess = F.relu(length - gamma)
     loss_adv = _cross_entropy(z_adv, y)
     if abnormal_only: excess = excess * (loss_adv < _cross_entropy(z, y))
@@ -206,7 +220,8 @@ class Objective:
 
     def inner_attack(self)->tuple[str, str]: # what PGD maximises, and where it begins
         "The attack inside the method; a method without one is an error"
-        if self.attack is None or self.start is None: raise ValueError(f"objective {self.name!r} has no attack: it sees natural images only")
+        if self.attack is None or self.start is None:
+            raise ValueError(f"objective {self.name!r} has no attack: it sees natural images only")
         return self.attack, self.start
 
     def loss(self,
@@ -220,7 +235,8 @@ class Objective:
     )->Tensor: # a number, or (B,)
         "The outer loss, called alike for every row"
         if self.beta is None and beta is not None:
-            raise ValueError(f"beta={beta!r} was given, but {self.name} has no divergence term; leave beta None")
+            raise ValueError(f"beta={beta!r} was given, but {self.name} has no divergence term; "
+                             "leave beta None")
         options = {} if self.beta is None else dict(beta=self.beta if beta is None else beta)
         if self.burn_in: options["weighted"] = weighted
         return self.function(logits, logits_adv, y, reduction=reduction, **options)
@@ -234,21 +250,22 @@ OBJECTIVES:dict[str, Objective] = {o.name: o for o in (
     Objective("trades", "kl", "gaussian", 6., True, True, False,
               "CE(x) + β KL(p ‖ p*)", "1", "Zhang et al., ICML 2019", trades_loss),
     Objective("mart", "ce", "gaussian", 5., True, True, False,
-              "BCE(x*) + β w KL(p ‖ p*)", "w = 1 − p(y | x), in the graph", "Wang et al., ICLR 2020", mart_loss),
+              "BCE(x*) + β w KL(p ‖ p*)", "w = 1 − p(y | x), in the graph",
+              "Wang et al., ICLR 2020", mart_loss),
     Objective("mail_trades", "kl", "gaussian", 5., True, True, True,
               "CE(x) + β w KL(p ‖ p*)", "w = 3 σ(2 PM(x*)), detached; 1 in the burn-in",
               "Wang, Liu et al., NeurIPS 2021", mail_trades_loss),
     Objective("weat_nat", "kl", "gaussian", 6., True, True, False,
-              "w CE(x) + β w KL(p ‖ p*)", "w = 1/log(1 + exp |E(x)|), detached", "Mirza et al., ECCV 2024",
-              partial(weat_loss, variant="nat")),
+              "w CE(x) + β w KL(p ‖ p*)", "w = 1/log(1 + exp |E(x)|), detached",
+              "Mirza et al., ECCV 2024", partial(weat_loss, variant="nat")),
     Objective("weat_adv", "kl", "gaussian", 6., True, True, False,
-              "w CE(x*) + β w KL(p ‖ p*)", "w = 1/log(1 + exp |E(x)|), detached", "Mirza et al., ECCV 2024",
-              partial(weat_loss, variant="adv")),
+              "w CE(x*) + β w KL(p ‖ p*)", "w = 1/log(1 + exp |E(x)|), detached",
+              "Mirza et al., ECCV 2024", partial(weat_loss, variant="adv")),
     Objective("der", "ce", "uniform", 1., True, True, False,
               "CE(x*) + β max(‖ΔE‖ − γ, 0)", "1", "Mirza et al., arXiv 2505.22486", der_loss),
     Objective("der_single_step", "ce", "uniform", 5., True, True, False,
-              "CE(x*) + β w ‖ΔE‖", "w = 1 where CE(x*) < CE(x), else 0", "Mirza et al., arXiv 2505.22486",
-              partial(der_loss, gamma=0., abnormal_only=True)),
+              "CE(x*) + β w ‖ΔE‖", "w = 1 where CE(x*) < CE(x), else 0",
+              "Mirza et al., arXiv 2505.22486", partial(der_loss, gamma=0., abnormal_only=True)),
 )}
 
 # %% ../nbs/03_losses.ipynb #d3d4aced
@@ -257,4 +274,5 @@ def get_objective(
 )->Objective: # that row
     "The training method of this name"
     if name in OBJECTIVES: return OBJECTIVES[name]
-    raise ValueError(f"objective={name!r} is not one of {', '.join(OBJECTIVES)}{suggest(name, OBJECTIVES)}")
+    raise ValueError(f"objective={name!r} is not one of {', '.join(OBJECTIVES)}"
+                     f"{suggest(name, OBJECTIVES)}")

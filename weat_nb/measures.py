@@ -50,7 +50,8 @@ def frechet_distance(
     "Fréchet distance of two Gaussians fitted to the features (Heusel et al. 2017)"
     a, b = _checked_features(features, reference)
     shift, (cov_a, cov_b) = a.mean(0) - b.mean(0), (torch.atleast_2d(f.T.cov()) for f in (a, b))
-    roots = torch.linalg.eigvals(cov_a@cov_b).sqrt().real # the trace of a root is the sum of the eigenvalues' roots
+    # the trace of a root is the sum of the eigenvalues' roots
+    roots = torch.linalg.eigvals(cov_a@cov_b).sqrt().real
     return (shift.dot(shift) + cov_a.trace() + cov_b.trace() - 2*roots.sum()).item()
 
 def kernel_distance(
@@ -64,7 +65,8 @@ def kernel_distance(
     "Kernel distance, the unbiased squared MMD under a cubic kernel (Bińkowski et al. 2018)"
     a, b = _checked_features(features, reference)
     if not 2 <= subset_size <= min(len(a), len(b)):
-        raise ValueError(f'subset_size = {subset_size} is not allowed: it must be at least 2 and at most the number of images, {min(len(a), len(b))}')
+        raise ValueError(f'subset_size = {subset_size} is not allowed: it must be at least 2 and '
+                         f'at most the number of images, {min(len(a), len(b))}')
     rng, values, n = np.random.RandomState(seed), [], subset_size
     for _ in range(subsets):
         x, y = (f[torch.from_numpy(rng.choice(len(f), n, replace=False))] for f in (a, b))
@@ -78,13 +80,17 @@ def inception_score(
     splits:int = 10, # the images are shuffled and cut into this many parts
     seed:int = 2020, # of the shuffle
 )->tuple[float, float]: # mean and standard deviation over the parts; between 1 and K
-    "Inception score: how sure the network is of each image, and how evenly it sees the classes (Salimans et al. 2016)"
+    "How sure a network is of each image, how evenly it sees the classes (Salimans et al. 2016)"
     z, = _checked_features(logits)
-    if not 1 <= splits <= len(z): raise ValueError(f'splits = {splits} is not allowed: it must be at least 1 and at most the number of images, {len(z)}')
-    log_p, n, scores = z[torch.from_numpy(np.random.RandomState(seed).permutation(len(z)))].log_softmax(1), len(z), []
+    if not 1 <= splits <= len(z):
+        raise ValueError(f'splits = {splits} is not allowed: it must be at least 1 and at most the '
+                         f'number of images, {len(z)}')
+    log_p, n, scores = z[torch.from_numpy(
+        np.random.RandomState(seed).permutation(len(z)))].log_softmax(1), len(z), []
     for i in range(splits):
         part = log_p[i*n//splits:(i + 1)*n//splits]
-        mean = part.logsumexp(0) - math.log(len(part)) # of the probabilities; a logarithm of a sum that may be 0 would be NaN
+        # of the probabilities; a logarithm of a sum that may be 0 would be NaN
+        mean = part.logsumexp(0) - math.log(len(part))
         scores.append((part.exp()*(part - mean)).sum(1).mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
 
@@ -92,14 +98,19 @@ def inception_score(
 def _checked_features(*features:Tensor)->list[Tensor]:
     "Matrices of equal width, finite, in float64 on the CPU"
     for f in features:
-        if not isinstance(f, Tensor) or f.ndim != 2 or len(f) < 2 or f.shape[1] != features[0].shape[1]:
-            given = ', '.join(str(tuple(f.shape)) if isinstance(f, Tensor) else type(f).__name__ for f in features)
-            raise ValueError(f'features must be matrices (N, D) of at least two images and equal D, given {given}')
-        if not f.isfinite().all(): raise ValueError('features must be finite, given NaN or infinite ones')
+        if (not isinstance(f, Tensor) or f.ndim != 2 or len(f) < 2
+                or f.shape[1] != features[0].shape[1]):
+            given = ', '.join(str(tuple(f.shape)) if isinstance(f, Tensor) else type(f).__name__
+                              for f in features)
+            raise ValueError('features must be matrices (N, D) of at least two images and equal D, '
+                             f'given {given}')
+        if not f.isfinite().all():
+            raise ValueError('features must be finite, given NaN or infinite ones')
     return [f.detach().cpu().double() for f in features]
 
 # %% ../nbs/parts/measures.ipynb #7642e295
-INCEPTION_URL = 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth'
+INCEPTION_URL = ('https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'
+                 'weights-inception-2015-12-05-6726825d.pth')
 INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 
 def inception_measures(
@@ -112,29 +123,42 @@ def inception_measures(
 )->dict[str, Any]: # FID, KID, IS, and what they were measured with
     "FID, KID and IS on Inception-v3, computed by torch-fidelity"
     try: from torch_fidelity import calculate_metrics
-    except ImportError as e: raise ImportError("FID, KID and IS on Inception-v3 need torch-fidelity: pip install 'weat_nb[measures]'; feature_measures needs no package") from e
-    weights = download(INCEPTION_URL, data_root(root)/'checkpoints'/INCEPTION_URL.rsplit('/', 1)[1], INCEPTION_SHA256)
+    except ImportError as e:
+        raise ImportError("FID, KID and IS on Inception-v3 need torch-fidelity: pip install "
+                          "'weat_nb[measures]'; feature_measures needs no package") from e
+    weights = download(INCEPTION_URL, data_root(root)/'checkpoints'/INCEPTION_URL.rsplit('/', 1)[1],
+                       INCEPTION_SHA256)
     if (found := file_sha256(weights)) != INCEPTION_SHA256: # also a file that was there before
-        raise CheckpointError(f'{weights} is not the published file: its sha256 is {found}, not {INCEPTION_SHA256}; delete it and it is fetched again')
+        raise CheckpointError(f'{weights} is not the published file: its sha256 is {found}, not '
+                              f'{INCEPTION_SHA256}; delete it and it is fetched again')
     size = min(1000, len(images), len(reference))
-    found = calculate_metrics(input1=_RGB(images), input2=_RGB(reference), isc=True, fid=True, kid=True, kid_subset_size=size, batch_size=batch_size,
-                              feature_extractor_weights_path=str(weights), cuda=device == 'cuda', cache=False, verbose=False)
-    return {'FID': found['frechet_inception_distance'], 'KID': found['kernel_inception_distance_mean'], 'IS': found['inception_score_mean'],
-            'network': 'Inception-v3 (2015)', 'images': len(images), 'reference': len(reference), 'KID subsets of': size}
+    found = calculate_metrics(
+        input1=_RGB(images), input2=_RGB(reference), isc=True, fid=True, kid=True,
+        kid_subset_size=size, batch_size=batch_size, feature_extractor_weights_path=str(weights),
+        cuda=device == 'cuda', cache=False, verbose=False)
+    return {'FID': found['frechet_inception_distance'],
+            'KID': found['kernel_inception_distance_mean'], 'IS': found['inception_score_mean'],
+            'network': 'Inception-v3 (2015)', 'images': len(images),
+            'reference': len(reference), 'KID subsets of': size}
 
 def feature_measures(
     images:Tensor, # (N, C, H, W) generated images, uint8 or float in [0, 1]
-    reference:Tensor|tuple[Tensor, Tensor], # (M, C, H, W) real images, likewise, or what `extract_features` gave for them
-    network:nn.Module|Callable[[Tensor], tuple[Tensor, Tensor]], # a network of `create_model`, or a function of images that returns (features, logits)
+    # (M, C, H, W) real images, likewise, or what `extract_features` gave for them
+    reference:Tensor|tuple[Tensor, Tensor],
+    # a network of `create_model`, or a function of images that returns (features, logits)
+    network:nn.Module|Callable[[Tensor], tuple[Tensor, Tensor]],
     name:str, # of the network, for the table
     *,
     batch_size:int = 250, # images at a time
 )->dict[str, Any]: # FID, KID, IS, and what they were measured with
-    "The formulas of FID, KID and IS on a network of one's own: not comparable with published values"
+    "The formulas of FID, KID and IS on one's own network: not comparable with published values"
     f, z = extract_features(images, network, batch_size=batch_size)
-    f_ref, _ = reference if isinstance(reference, tuple) else extract_features(reference, network, batch_size=batch_size)
+    f_ref, _ = (reference if isinstance(reference, tuple)
+                else extract_features(reference, network, batch_size=batch_size))
     size = min(1000, len(f), len(f_ref))
-    return {'FID': frechet_distance(f, f_ref), 'KID': kernel_distance(f, f_ref, subset_size=size)[0], 'IS': inception_score(z, splits=10 if len(z) >= 1000 else 1)[0],
+    return {'FID': frechet_distance(f, f_ref),
+            'KID': kernel_distance(f, f_ref, subset_size=size)[0],
+            'IS': inception_score(z, splits=10 if len(z) >= 1000 else 1)[0],
             'network': name, 'images': len(f), 'reference': len(f_ref), 'KID subsets of': size}
 
 # %% ../nbs/parts/measures.ipynb #79e41098
@@ -147,7 +171,8 @@ class _RGB(Dataset):
 @torch.no_grad()
 def extract_features(
     images:Tensor, # (N, C, H, W) uint8 or float in [0, 1]
-    network:nn.Module|Callable[[Tensor], tuple[Tensor, Tensor]], # a network of `create_model`, or a function of images that returns (features, logits)
+    # a network of `create_model`, or a function of images that returns (features, logits)
+    network:nn.Module|Callable[[Tensor], tuple[Tensor, Tensor]],
     *,
     batch_size:int = 250, # images at a time
 )->tuple[Tensor, Tensor]: # features (N, D) and logits (N, K), on the CPU
@@ -159,9 +184,11 @@ def extract_features(
             h = network.features(network.normalize(x)).mean(dim=(2, 3))
             return h, network.classify(h)
     elif isinstance(network, nn.Module):
-        raise TypeError(f'the features of a {type(network).__name__} are not known: give a network of create_model, or a function of images that returns (features, logits)')
+        raise TypeError(f'the features of a {type(network).__name__} are not known: give a network '
+                        'of create_model, or a function of images that returns (features, logits)')
     with eval_mode(network):
-        found = [[t.float().cpu() for t in look(to_float(part).to(device))] for part in to_bytes(images).split(batch_size)]
+        found = [[t.float().cpu() for t in look(to_float(part).to(device))]
+                 for part in to_bytes(images).split(batch_size)]
     return torch.cat([f for f, _ in found]), torch.cat([z for _, z in found])
 
 # %% ../nbs/parts/measures.ipynb #e2224328
@@ -172,10 +199,14 @@ def ssim_neighbours(
 )->tuple[Tensor, Tensor]: # (N, k) similarities, greatest first, and (N, k) indices into `reference`
     "The real images most similar to each generated one by SSIM (supplement A.7, Fig. J)"
     try: from skimage.metrics import structural_similarity
-    except ImportError as e: raise ImportError("SSIM needs scikit-image: pip install 'weat_nb[measures]'") from e
-    if not 1 <= k <= len(reference): raise ValueError(f'k = {k} is not allowed: it must be at least 1 and at most the number of real images, {len(reference)}')
+    except ImportError as e:
+        raise ImportError("SSIM needs scikit-image: pip install 'weat_nb[measures]'") from e
+    if not 1 <= k <= len(reference):
+        raise ValueError(f'k = {k} is not allowed: it must be at least 1 and at most the number of '
+                         f'real images, {len(reference)}')
     ours, theirs = (to_bytes(x).cpu().permute(0, 2, 3, 1).numpy() for x in (images, reference))
-    values = torch.tensor([[structural_similarity(a, b, channel_axis=2, data_range=255) for b in theirs] for a in ours])
+    values = torch.tensor([[structural_similarity(a, b, channel_axis=2, data_range=255)
+                            for b in theirs] for a in ours])
     top = values.topk(k, dim=1)
     return top.values, top.indices
 
@@ -188,7 +219,9 @@ def pairwise_distance(
     flat, means = to_pixels(images).flatten(1), []
     for label in y.unique():
         own = flat[y == label]
-        if len(own) < 2: raise ValueError(f'class {int(label)} has one image only: the distance of two needs at least two')
+        if len(own) < 2:
+            raise ValueError(f'class {int(label)} has one image only: the distance of two needs at '
+                             'least two')
         means.append(torch.pdist(own).mean())
     return torch.stack(means).mean().item()
 
@@ -200,4 +233,6 @@ def nearest_images(
     "The nearest image of `reference` to each image, by Euclidean distance"
     ours, theirs = (to_pixels(x).flatten(1) for x in (images, reference))
     index = torch.cat([torch.cdist(part, theirs).argmin(dim=1) for part in ours.split(batch_size)])
-    return torch.cat([(x - theirs[i]).norm(dim=1) for x, i in zip(ours.split(batch_size), index.split(batch_size))]), index # cdist rounds: a copy would not be at 0
+    # cdist rounds: a copy would not be at 0
+    return torch.cat([(x - theirs[i]).norm(dim=1)
+                      for x, i in zip(ours.split(batch_size), index.split(batch_size))]), index

@@ -47,15 +47,18 @@ def _check_images(x:Tensor, in_channels:int)->None:
     "Refuse what is not a float batch of the right number of channels; reads static properties only"
     if x.ndim != 4 or x.shape[1] != in_channels:
         hint = " (for one image, add a batch axis: x[None])" if x.ndim == 3 else ""
-        raise ValueError(f"the model takes images of shape (B, {in_channels}, H, W), given {tuple(x.shape)}{hint}")
+        raise ValueError(f"the model takes images of shape (B, {in_channels}, H, W), "
+                         f"given {tuple(x.shape)}{hint}")
     if not x.is_floating_point():
-        raise TypeError(f"the model takes float images in [0, 1], given {x.dtype}; for 0..255 use x.float() / 255")
+        raise TypeError(f"the model takes float images in [0, 1], given {x.dtype}; "
+                        "for 0..255 use x.float() / 255")
 
 # %% ../nbs/parts/models.ipynb #02a8ef3d
 class ImageClassifier(nn.Module):
-    "Images (B, C, H, W) in [0, 1] to logits (B, K): normalise, extract features, average over positions, classify"
+    "Images (B, C, H, W) in [0, 1] to logits (B, K): normalise, features, spatial mean, classify"
     config: dict[str, Any] # the arguments of create_model that rebuild this model
-    conv_bn: tuple[tuple[str, str], ...] = () # names of a convolution and the batch normalisation that follows it at once
+    # names of a convolution and the batch normalisation that follows it at once
+    conv_bn: tuple[tuple[str, str], ...] = ()
     linear: nn.Linear # the last layer, where `classify` is not overridden
 
     def __init__(
@@ -90,7 +93,7 @@ def conv3x3(
     c_out:int, # channels that go out
     stride:int = 1, # 2 halves the resolution
 )->nn.Conv2d:
-    "3×3 convolution that keeps the resolution at stride 1; no bias, since batch normalisation has one"
+    "3×3 convolution that keeps the resolution at stride 1; no bias, as batch normalisation has one"
     return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
 
 
@@ -134,7 +137,8 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = conv3x3(c_out, c_out), nn.BatchNorm2d(c_out)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or c_in != c_out:
-            self.shortcut = PadShortcut(c_in, c_out) if option_a else projection_shortcut(c_in, c_out, stride)
+            self.shortcut = (PadShortcut(c_in, c_out) if option_a
+                             else projection_shortcut(c_in, c_out, stride))
 
     def forward(self, x:Tensor)->Tensor:
         h = F.relu(self.bn1(self.conv1(x)))
@@ -149,7 +153,8 @@ def stage(
     stride:int, # of the first block; the others have 1
 )->nn.Sequential:
     "n residual blocks of one width"
-    return nn.Sequential(block(c_in, c_out, stride), *(block(c_out, c_out, 1) for _ in range(n - 1)))
+    return nn.Sequential(block(c_in, c_out, stride),
+                         *(block(c_out, c_out, 1) for _ in range(n - 1)))
 
 # %% ../nbs/parts/models.ipynb #d305a13b
 class CifarResNet(ImageClassifier):
@@ -176,7 +181,7 @@ class CifarResNet(ImageClassifier):
 
 # %% ../nbs/parts/models.ipynb #b03b73f0
 class ResNet18(ImageClassifier):
-    "ResNet-18 for small images: four stages of two blocks, widths 64 to 512, stem 3×3 with stride 1"
+    "ResNet-18 for small images: four stages of two blocks, widths 64 to 512, stem 3×3 of stride 1"
     conv_bn = (("conv1", "bn1"),)
 
     def __init__(
@@ -198,7 +203,7 @@ class ResNet18(ImageClassifier):
 
 # %% ../nbs/parts/models.ipynb #5be6f19f
 class PreActBlock(nn.Module):
-    "x + conv(relu(bn(conv(relu(bn(x)))))); where the shape changes, x is replaced by a 1×1 convolution of relu(bn(x))"
+    "x + conv(relu(bn(conv(h)))), h = relu(bn(x)); a 1×1 conv of h for x where the shape changes"
     conv_bn = (("conv1", "bn2"),)
 
     def __init__(
@@ -280,8 +285,10 @@ class WideResNet(ImageClassifier):
         n, w = (depth - 4) // 6, widen
         self.conv1 = conv3x3(in_channels, 16)
         self.block1 = nn.Sequential(OrderedDict(layer=stage(WideBlock, 16, 16 * w, n, stride=1)))
-        self.block2 = nn.Sequential(OrderedDict(layer=stage(WideBlock, 16 * w, 32 * w, n, stride=2)))
-        self.block3 = nn.Sequential(OrderedDict(layer=stage(WideBlock, 32 * w, 64 * w, n, stride=2)))
+        self.block2 = nn.Sequential(
+            OrderedDict(layer=stage(WideBlock, 16 * w, 32 * w, n, stride=2)))
+        self.block3 = nn.Sequential(
+            OrderedDict(layer=stage(WideBlock, 32 * w, 64 * w, n, stride=2)))
         self.bn1 = nn.BatchNorm2d(64 * w)
         self.fc = nn.Linear(64 * w, num_classes)
 
@@ -296,7 +303,7 @@ class WideResNet(ImageClassifier):
 def init_weights(
     model:nn.Module, # changed in place
 )->None:
-    "`init='he'`: He normal (fan-out) convolutions, batch normalisation at 1 and 0; a WideResNet's last bias at 0"
+    "`init='he'`: He normal (fan-out) convolutions, batch norms 1 and 0; a WideResNet's last bias 0"
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -315,12 +322,14 @@ class Arch:
 
 
 ARCHS: dict[str, Arch] = {
-    **{f"resnet{6 * n + 2}": Arch(f"CIFAR ResNet, three stages of {n}, widths 16, 32, 64", partial(CifarResNet, n=n))
-       for n in (1, 3, 5, 7, 9, 18)},
+    **{f"resnet{6 * n + 2}": Arch(f"CIFAR ResNet, three stages of {n}, widths 16, 32, 64",
+                                  partial(CifarResNet, n=n)) for n in (1, 3, 5, 7, 9, 18)},
     "resnet18": Arch("ResNet-18, stem 3×3 with stride 1, widths 64 to 512", ResNet18),
     "preact_resnet18": Arch("pre-activation ResNet-18, widths 64 to 512", PreActResNet18),
-    "wrn_28_10": Arch("WideResNet, three stages of 4, widths 160, 320, 640", partial(WideResNet, depth=28, widen=10)),
-    "wrn_34_10": Arch("WideResNet, three stages of 5, widths 160, 320, 640", partial(WideResNet, depth=34, widen=10)),
+    "wrn_28_10": Arch("WideResNet, three stages of 4, widths 160, 320, 640",
+                      partial(WideResNet, depth=28, widen=10)),
+    "wrn_34_10": Arch("WideResNet, three stages of 5, widths 160, 320, 640",
+                      partial(WideResNet, depth=34, widen=10)),
 }
 
 # %% ../nbs/parts/models.ipynb #d48106ed
@@ -341,10 +350,12 @@ def _per_channel(name:str, values:Sequence[float]|None, in_channels:int)->list[f
         return None
     numbers = [float(v) for v in values]
     if len(numbers) != in_channels:
-        raise ValueError(f"{name} needs one value per channel: {in_channels}, given {len(numbers)}: {numbers}")
+        raise ValueError(f"{name} needs one value per channel: {in_channels}, "
+                         f"given {len(numbers)}: {numbers}")
     bad = [v for v in numbers if not math.isfinite(v) or (name == "std" and v <= 0)]
     if bad:
-        raise ValueError(f"{name} must be finite{' and positive' if name == 'std' else ''}, given {numbers}")
+        raise ValueError(f"{name} must be finite{' and positive' if name == 'std' else ''}, "
+                         f"given {numbers}")
     return numbers
 
 # %% ../nbs/parts/models.ipynb #b2c42200
@@ -352,27 +363,32 @@ def create_model(
     arch:str, # a name in ARCHS
     num_classes:int, # K, at least 2
     in_channels:int = 3, # C: 1 for grey images, 3 for RGB
-    image_size:int = 32, # height and width the model is meant for; recorded, since any size from 8 up works
+    image_size:int = 32, # height and width it is meant for; recorded, as any size from 8 up works
     *,
-    mean:Sequence[float]|None = None, # C values subtracted from pixels in [0, 1]; None: no normalisation
+    # C values subtracted from pixels in [0, 1]; None: no normalisation
+    mean:Sequence[float]|None = None,
     std:Sequence[float]|None = None, # C values to divide by; given together with mean
-    seed:int|None = None, # draws the weights, the global generator stays as it was; None: from the global one
+    # draws the weights, the global generator stays as it was; None: from the global one
+    seed:int|None = None,
     init:str = "he", # distribution of the first weights: "he", or "pytorch" for PyTorch's default
 )->ImageClassifier: # in training mode, float32, on the CPU
-    "A freshly initialised classifier of images in [0, 1]; `create_model(**model.config)` builds one like it"
+    "A fresh classifier of images in [0, 1]; `create_model(**model.config)` builds one like it"
     if not isinstance(arch, str) or arch not in ARCHS:
-        raise ValueError(f"unknown arch {arch!r}; allowed: {', '.join(ARCHS)}{suggest(arch, ARCHS)}")
+        raise ValueError(f"unknown arch {arch!r}; "
+                         f"allowed: {', '.join(ARCHS)}{suggest(arch, ARCHS)}")
     if init not in ("he", "pytorch"):
         raise ValueError(f"unknown init {init!r}; allowed: he, pytorch")
     num_classes = _whole("num_classes", num_classes, 2)
     in_channels = _whole("in_channels", in_channels, 1)
     image_size = _whole("image_size", image_size, 8)
     if (mean is None) != (std is None):
-        raise ValueError(f"mean and std go together: give both or neither, given mean={mean}, std={std}")
+        raise ValueError("mean and std go together: give both or neither, "
+                         f"given mean={mean}, std={std}")
     mean, std = _per_channel("mean", mean, in_channels), _per_channel("std", std, in_channels)
 
-    # Drawn on the CPU whatever the default device, so that a seed means the same weights everywhere. torch.manual_seed
-    # would also reseed the GPUs, whose state fork_rng(devices=[]) doesn't put back; the CPU's own generator does not.
+    # Drawn on the CPU whatever the default device, so that a seed means the same weights
+    # everywhere. torch.manual_seed would also reseed the GPUs, whose state
+    # fork_rng(devices=[]) doesn't put back; the CPU's own generator does not.
     with torch.device("cpu"), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
@@ -381,6 +397,6 @@ def create_model(
             init_weights(model)
         if mean is not None and std is not None:
             model.normalize = Normalize(mean, std)
-    model.config = dict(arch=arch, num_classes=num_classes, in_channels=in_channels, image_size=image_size,
-                        mean=mean, std=std)
+    model.config = dict(arch=arch, num_classes=num_classes, in_channels=in_channels,
+                        image_size=image_size, mean=mean, std=std)
     return model

@@ -38,12 +38,17 @@ def param(
     low:float|None = None, # smallest allowed value
     high:float|None = None, # largest allowed value
     above:float|None = None, # value that must be exceeded
-    choices:Collection[str]|None = None, # the names allowed, for strings; a table that has grown by then counts as it is when a value is checked
-    names:Collection[str]|None = None, # likewise for a list of names in one string, separated by commas or spaces
-    path:str|None = None, # for strings: "file" or "folder" that must exist, or "new folder", which may
+    # the names allowed, for strings; a table that has grown by then
+    # counts as it is when a value is checked
+    choices:Collection[str]|None = None,
+    # likewise for a list of names in one string, separated by commas or spaces
+    names:Collection[str]|None = None,
+    path:str|None = None, # for strings: "file" or "folder" that must exist or "new folder" that may
 )->Any: # a dataclass field
     "A dataclass field with a rule that `check_params` enforces"
-    return field(default=default, metadata=dict(kind=kind, help=help, low=low, high=high, above=above, choices=choices or None, names=names or None, path=path))
+    return field(default=default, metadata=dict(
+        kind=kind, help=help, low=low, high=high, above=above, choices=choices or None,
+        names=names or None, path=path))
 
 def split_names(
     text:str, # names separated by commas or spaces
@@ -56,10 +61,14 @@ def _allowed(rule:dict)->str:
     "The rule in words"
     if rule['choices']: return 'one of ' + ', '.join(rule['choices'])
     if rule['names']: return f"one or more of {', '.join(rule['names'])}, separated by commas"
-    if rule['path']: return {'file': 'a file that is there', 'folder': 'a folder that is there', 'new folder': 'a folder, there or not yet'}[rule['path']]
-    bounds = [f'{word} {rule[key]:g}' for key, word in (('low', 'at least'), ('above', 'above'), ('high', 'at most'))
+    if rule['path']:
+        return {'file': 'a file that is there', 'folder': 'a folder that is there',
+                'new folder': 'a folder, there or not yet'}[rule['path']]
+    bounds = [f'{word} {rule[key]:g}'
+              for key, word in (('low', 'at least'), ('above', 'above'), ('high', 'at most'))
               if rule[key] is not None]
-    kind = {int: 'a whole number', float: 'a number or a fraction like 8/255', str: 'a string that is not empty', bool: 'True or False'}[rule['kind']]
+    kind = {int: 'a whole number', float: 'a number or a fraction like 8/255',
+            str: 'a string that is not empty', bool: 'True or False'}[rule['kind']]
     return ' '.join([kind, ' and '.join(bounds)]).strip()
 
 def _convert(value:Any, kind:type)->Any:
@@ -68,7 +77,8 @@ def _convert(value:Any, kind:type)->Any:
     if isinstance(value, bool) != (kind is bool): raise ValueError('a bool is no number')
     if kind is float and isinstance(value, int): return float(value)
     if kind is int and isinstance(value, float) and value.is_integer(): return int(value)
-    if not isinstance(value, kind) or kind is str and not str(value).strip(): raise ValueError('wrong type')
+    if not isinstance(value, kind) or kind is str and not str(value).strip():
+        raise ValueError('wrong type')
     return value
 
 def _is_path(text:str, kind:str)->bool:
@@ -95,16 +105,18 @@ def check_param(
         good, given = bool(split_names(value)) and not wrong, (wrong or [''])[0]
     if good and rule['kind'] in (int, float):
         good = (math.isfinite(value) and (rule['low'] is None or value >= rule['low'])
-                and (rule['high'] is None or value <= rule['high']) and (rule['above'] is None or value > rule['above']))
+                and (rule['high'] is None or value <= rule['high'])
+                and (rule['above'] is None or value > rule['above']))
     if good: return value
     hint = suggest(given, rule['choices'] or rule['names'] or ())
-    raise ValueError(f"{name} = {original!r} is not allowed: {name} ({rule['help']}) must be {_allowed(rule)}{hint}")
+    raise ValueError(f"{name} = {original!r} is not allowed: "
+                     f"{name} ({rule['help']}) must be {_allowed(rule)}{hint}")
 
 # %% ../nbs/parts/params.ipynb #cd9259f2
 def check_params(
     config:Any, # instance of a dataclass whose fields were made by `param`
 )->None:
-    "Check every field of a frozen dataclass and store the converted values; the first bad one is an error"
+    "Check and convert the fields of a frozen dataclass in place; the first bad value is an error"
     for f in fields(config):
         rule = {**f.metadata, 'optional': f.default is None}
         object.__setattr__(config, f.name, check_param(f.name, getattr(config, f.name), rule))
@@ -114,12 +126,14 @@ def read_parameters(
     config_class:type, # a dataclass whose fields were made by `param`
     namespace:dict[str, Any], # the notebook's `globals()`
 )->dict[str, Any]: # the fields' values, by name
-    "The parameters of a notebook, as `-p name value` or the parameters cell set them; an unknown name is an error"
+    "A notebook's parameters, as `-p name value` or their cell set them; an unknown one is an error"
     known = {f.name:f for f in fields(config_class)}
-    injected = [source for source in namespace.get('In', []) if source.lstrip().startswith('# Parameters')]
+    injected = [source for source in namespace.get('In', [])
+                if source.lstrip().startswith('# Parameters')]
     for node in ast.walk(ast.parse('\n'.join(injected))):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id not in known:
-            raise ValueError(f"unknown parameter {node.id!r}{suggest(node.id, known) or '.'} The parameters are: {', '.join(known)}")
+            raise ValueError(f"unknown parameter {node.id!r}{suggest(node.id, known) or '.'} "
+                             f"The parameters are: {', '.join(known)}")
     return {name: namespace.get(name, f.default) for name, f in known.items()}
 
 # %% ../nbs/parts/params.ipynb #5fc6c15f
@@ -131,5 +145,6 @@ def resolve_device(
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if device == 'auto': return next(name for name, ok in there.items() if ok)
     if not there.get(device):
-        raise ValueError(f"device = {device!r} is not available here: it can be auto, {', '.join(n for n, ok in there.items() if ok)}")
+        raise ValueError(f"device = {device!r} is not available here: "
+                         f"it can be auto, {', '.join(n for n, ok in there.items() if ok)}")
     return device

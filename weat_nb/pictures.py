@@ -28,7 +28,8 @@ def image_grid(
 )->np.ndarray: # (height, width, 3) in [0, 1]
     "Images as one picture"
     from torchvision.utils import make_grid
-    return make_grid(to_pixels(images).cpu(), nrow=ncols, padding=1, pad_value=1).permute(1, 2, 0).numpy()
+    return (make_grid(to_pixels(images).cpu(), nrow=ncols, padding=1, pad_value=1)
+            .permute(1, 2, 0).numpy())
 
 # %% ../nbs/parts/pictures.ipynb #4dcc7924
 def show_grids(
@@ -45,15 +46,20 @@ def show_grids(
     across = min(across or len(grids), len(grids))
     slanted = max(map(len, columns), default=0)*3.6 > 72*size # wider than an image, 6 points high
     down, tall = -(-len(grids)//across), max(-(-len(x)//ncols) for x in grids.values())
-    fig, panels = plt.subplots(down, across, figsize=(size*(ncols + .3)*across + (.8 if rows else 0), (size*tall + .3)*down), layout='constrained', squeeze=False)
+    fig, panels = plt.subplots(
+        down, across,
+        figsize=(size*(ncols + .3)*across + (.8 if rows else 0), (size*tall + .3)*down),
+        layout='constrained', squeeze=False)
     for ax in panels.flat: ax.set_axis_off()
     for i, (ax, (title, images)) in enumerate(zip(panels.flat, grids.items())):
         ax.set_axis_on()
         height, width = (s + 1 for s in images.shape[2:])
         ax.imshow(image_grid(images, ncols), interpolation='nearest')
         ax.set_title(title, fontsize=8)
-        ax.set_yticks([height*(j + .5) for j in range(len(rows))] if i%across == 0 else [], rows if i%across == 0 else [], fontsize=7)
-        ax.set_xticks([width*(j + .5) for j in range(len(columns))], columns, fontsize=6, rotation=40 if slanted else 0, ha='left' if slanted else 'center')
+        ax.set_yticks([height*(j + .5) for j in range(len(rows))] if i%across == 0 else [],
+                      rows if i%across == 0 else [], fontsize=7)
+        ax.set_xticks([width*(j + .5) for j in range(len(columns))], columns, fontsize=6,
+                      rotation=40 if slanted else 0, ha='left' if slanted else 'center')
         ax.tick_params(length=0, labelbottom=False, labeltop=True)
         ax.spines[:].set_visible(False)
     return fig
@@ -65,19 +71,25 @@ def write_samples(
     folder:str|Path, # a new or empty folder
     classes:Sequence[str]|None = None, # names of the classes, for the files' names
 )->Path: # the folder: png/00000-airplane.png, … and samples.npz
-    "Write images as PNG files and as one .npz (`arr_0` uint8 (N, H, W, 3), `arr_1` labels), as FID tools read them"
+    "Write PNG files and a .npz (`arr_0` uint8 (N, H, W, 3), `arr_1` labels) as FID tools read them"
     from PIL import Image
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise FileExistsError(f'{folder} is not an empty folder: name another, nothing is overwritten')
-    if len(y) != len(images): raise ValueError(f'{len(images)} images need as many labels, given {len(y)}')
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f'{folder} is not an empty folder: '
+                              'name another, nothing is overwritten')
+    if len(y) != len(images):
+        raise ValueError(f'{len(images)} images need as many labels, given {len(y)}')
     pixels = to_bytes(images).cpu().permute(0, 2, 3, 1).numpy()
     part = folder.with_name(f'.{folder.name}.{secrets.token_hex(4)}.part')
     try:
         (part/'png').mkdir(parents=True)
         for i, (image, label) in enumerate(zip(pixels, y.tolist())):
-            name = ''.join(c if c.isalnum() else '_' for c in classes[label]) if classes else str(label)
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(part/"png"/f'{i:05d}-{name}.png')
-        np.savez_compressed(part/'samples.npz', np.broadcast_to(pixels, (*pixels.shape[:3], 3)), y.cpu().numpy())
+            name = (''.join(c if c.isalnum() else '_' for c in classes[label])
+                    if classes else str(label))
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+                part/"png"/f'{i:05d}-{name}.png')
+        np.savez_compressed(part/'samples.npz', np.broadcast_to(pixels, (*pixels.shape[:3], 3)),
+                            y.cpu().numpy())
         if folder.exists(): folder.rmdir() # empty
         os.replace(part, folder)
     finally: shutil.rmtree(part, ignore_errors=True)
@@ -93,8 +105,11 @@ def write_gif(
 )->Path: # the file
     "Frames as an animation that repeats"
     from PIL import Image
-    pictures = [Image.fromarray((image_grid(f[None], 1)*255).round().astype(np.uint8)) for f in frames]
-    pictures = [p.resize((p.width*scale, p.height*scale), Image.Resampling.NEAREST) for p in pictures]
+    pictures = [Image.fromarray((image_grid(f[None], 1)*255).round().astype(np.uint8))
+                for f in frames]
+    pictures = [p.resize((p.width*scale, p.height*scale), Image.Resampling.NEAREST)
+                for p in pictures]
     content = BytesIO()
-    pictures[0].save(content, format='GIF', save_all=True, append_images=pictures[1:], loop=0, duration=[milliseconds]*(len(pictures) - 1) + [5*milliseconds])
+    pictures[0].save(content, format='GIF', save_all=True, append_images=pictures[1:], loop=0,
+                     duration=[milliseconds]*(len(pictures) - 1) + [5*milliseconds])
     return write_file(path, content.getvalue())

@@ -26,14 +26,14 @@ def _escape(text:str)->str:
     return text if re.fullmatch(r'`[^`|]+`', text) else _MARKUP.sub(r'\\\g<0>', text)
 
 def _width(name:str, cells:Sequence[str])->int:
-    "Characters that a column asks for, 4 to 50: its longest word, or its longest text broken into lines"
+    "Characters a column asks for, 4 to 50: its longest word, or its longest text broken into lines"
     words = [len(word) for text in (name, *cells) for word in text.split()]
     texts = [2*len(name)**.5, *(min(n, 4*n**.5) for n in map(len, cells))]
     return round(min(50, max(4, *words, *texts)))
 
 # %% ../nbs/parts/plots.ipynb #fe5b840c
 class Table(list):
-    "A list of dictionaries that a notebook shows as a table, letter for letter; text between backticks is code"
+    "Dictionaries that a notebook shows as a table, letter for letter; text in backticks is code"
     def __init__(self,
         rows:Sequence[dict[str, Any]] = (), # one dictionary a row
         digits:int = 2, # decimal places of floats
@@ -69,7 +69,8 @@ def axes(
 )->tuple[Any, list[Any]]: # (figure, list of axes)
     "Panels in the project's style, row by row"
     import matplotlib.pyplot as plt
-    fig, panels = plt.subplots(rows, n, figsize=(width*n, height*rows), layout='constrained', squeeze=False, **options)
+    fig, panels = plt.subplots(rows, n, figsize=(width*n, height*rows), layout='constrained',
+                               squeeze=False, **options)
     for ax in panels.flat:
         ax.grid(alpha=.25)
         ax.spines[['top', 'right']].set_visible(False)
@@ -80,7 +81,7 @@ def plot_curves(
     curves:dict[str, str], # metric name -> label
     *,
     ylabel:str, # label of the y axis, with its unit
-    spread:dict[str, str]|None = None, # metric name -> name of its standard deviation, drawn as a band
+    spread:dict[str, str]|None = None, # metric name -> name of its standard deviation, as a band
     colours:dict[str, str]|None = None, # metric name -> colour
     ax:Any = None, # where to draw
 )->Any: # the axes
@@ -89,10 +90,13 @@ def plot_curves(
     epochs = [row['epoch'] for row in history]
     for name, label in curves.items():
         values = [row[name] for row in history]
-        line, = ax.plot(epochs, values, marker='o', markersize=3, label=label, color=(colours or {}).get(name))
+        line, = ax.plot(epochs, values, marker='o', markersize=3, label=label,
+                        color=(colours or {}).get(name))
         if spread and name in spread:
             sd = [row[spread[name]] for row in history]
-            ax.fill_between(epochs, [v - s for v, s in zip(values, sd)], [v + s for v, s in zip(values, sd)], alpha=.15, color=line.get_color(), lw=0)
+            ax.fill_between(epochs, [v - s for v, s in zip(values, sd)],
+                            [v + s for v, s in zip(values, sd)],
+                            alpha=.15, color=line.get_color(), lw=0)
     ax.set(xlabel='epoch', ylabel=ylabel)
     ax.xaxis.get_major_locator().set_params(integer=True)
     if any(curves.values()): ax.legend(frameon=False, fontsize=8)
@@ -119,10 +123,13 @@ def show_images(
     "Images in a grid, pixels as they are (no smoothing)"
     import matplotlib.pyplot as plt
     rows = -(-len(images)//ncols)
-    fig, panels = plt.subplots(rows, ncols, figsize=(size*ncols, (size + (.22 if titles else .04))*rows), layout='constrained', squeeze=False)
+    fig, panels = plt.subplots(
+        rows, ncols, figsize=(size*ncols, (size + (.22 if titles else .04))*rows),
+        layout='constrained', squeeze=False)
     for ax in panels.flat: ax.axis('off')
     for i, (ax, image) in enumerate(zip(panels.flat, images.detach().cpu())):
-        ax.imshow(image.permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0, vmax=1 if image.is_floating_point() else 255, interpolation='nearest')
+        ax.imshow(image.permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0,
+                  vmax=1 if image.is_floating_point() else 255, interpolation='nearest')
         if titles: ax.set_title(titles[i], fontsize=7)
     return fig
 
@@ -137,9 +144,11 @@ def plot_histograms(
     "Histograms over one range; `natural` and `attacked` keep their colours in every chapter"
     ax = axes()[1][0] if ax is None else ax
     values = {k: v.detach().float().cpu() for k, v in groups.items()}
-    low, high = min(float(v.min()) for v in values.values()), max(float(v.max()) for v in values.values())
+    low, high = (min(float(v.min()) for v in values.values()),
+                 max(float(v.max()) for v in values.values()))
     for label, v in values.items():
-        ax.hist(v.numpy(), bins=bins, range=(low, high), alpha=.6, label=label, color=COLOURS.get(label))
+        ax.hist(v.numpy(), bins=bins, range=(low, high), alpha=.6, label=label,
+                color=COLOURS.get(label))
     ax.set(xlabel=xlabel, ylabel='images')
     if any(groups): ax.legend(frameon=False, fontsize=8)
     return ax

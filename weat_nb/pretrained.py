@@ -33,24 +33,31 @@ from .params import suggest
 from .runs import write_file, write_text
 
 # %% ../nbs/parts/pretrained.ipynb #40bbd9bb
-WRAPPERS = ("module.", "_orig_mod.", "model.") # put before names by DataParallel, torch.compile and common training code
+# put before names by DataParallel, torch.compile and common training code
+WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 def read_state_dict(
-    path:str|os.PathLike, # a file of torch.save: a state dict, or a dictionary that holds one as state_dict or model
+    # a file of torch.save: a state dict, or a dictionary that holds one as state_dict or model
+    path:str|os.PathLike,
 )->dict[str, Tensor]: # by name, without the wrappers' prefixes
     "Weights out of a `torch.save` file; nothing but tensors and plain containers is unpickled"
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"no weights at {path}")
     try: found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, IndexError, AttributeError) as e:
-        raise CheckpointError(f"{path} is no file of plain tensors ({str(e).splitlines()[0]}): it is damaged, no file of torch.save, "
-                              "or holds objects that would have to be run to be read, which is refused") from e
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError,
+            KeyError, IndexError, AttributeError) as e:
+        raise CheckpointError(f"{path} is no file of plain tensors ({str(e).splitlines()[0]}): it "
+                              "is damaged, no file of torch.save, or holds objects that would have "
+                              "to be run to be read, which is refused") from e
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
-    if not isinstance(found, dict) or not found or not all(isinstance(t, Tensor) for t in found.values()):
-        raise CheckpointError(f"{path} holds no state dict: a dictionary of tensors by name was expected")
+    if (not isinstance(found, dict) or not found
+            or not all(isinstance(t, Tensor) for t in found.values())):
+        raise CheckpointError(f"{path} holds no state dict: "
+                              "a dictionary of tensors by name was expected")
     for prefix in WRAPPERS*2: # twice: one wrapper may sit inside another
-        if all(name.startswith(prefix) for name in found): found = {name[len(prefix):]: t for name, t in found.items()}
+        if all(name.startswith(prefix) for name in found):
+            found = {name[len(prefix):]: t for name, t in found.items()}
     return found
 
 def load_weights(
@@ -59,16 +66,21 @@ def load_weights(
     num_classes:int = 10, # K
     in_channels:int = 3, # C
     image_size:int = 32, # pixels
-    **normalisation:Any, # mean and std, C values each, if the network was trained on normalised images
+    **normalisation:Any, # mean and std, C values each, if it was trained on normalised images
 )->nn.Module: # takes images in [0, 1]; float32, in eval mode, on the CPU
     "A network of a known architecture with weights that others have published"
-    model, tensors = create_model(arch, num_classes, in_channels, image_size, **normalisation, seed=0), read_state_dict(path)
-    want = {n: tuple(t.shape) for n, t in model.state_dict().items() if n in tensors or not n.endswith("num_batches_tracked")} # old files lack the counter
+    model, tensors = (
+        create_model(arch, num_classes, in_channels, image_size, **normalisation, seed=0),
+        read_state_dict(path))
+    want = {n: tuple(t.shape) for n, t in model.state_dict().items()
+            if n in tensors or not n.endswith("num_batches_tracked")} # old files lack the counter
     have = {n: tuple(t.shape) for n, t in tensors.items()}
-    differ = [f"{n} is {have.get(n, 'absent')} in the file, {want.get(n, 'absent')} in {arch}" for n in {**want, **have} if have.get(n) != want.get(n)]
+    differ = [f"{n} is {have.get(n, 'absent')} in the file, {want.get(n, 'absent')} in {arch}"
+              for n in {**want, **have} if have.get(n) != want.get(n)]
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise CheckpointError(f"{path} does not hold the weights of {arch} with {num_classes} classes: {'; '.join(differ[:3])}{more}")
+        raise CheckpointError(f"{path} does not hold the weights of {arch} with {num_classes} "
+                              f"classes: {'; '.join(differ[:3])}{more}")
     model.load_state_dict(tensors, strict=False) # every name was compared above
     return model.eval()
 
@@ -82,22 +94,31 @@ class PublicModel:
     source:str # who trained it, under which licence
     url:str|None = None # where the file is fetched from
     package:str|None = None # or the installed package that holds it
-    normalisation:tuple[tuple[float, ...], tuple[float, ...]]|None = None # mean and std of the pixels it was trained on
+    # mean and std of the pixels it was trained on
+    normalisation:tuple[tuple[float, ...], tuple[float, ...]]|None = None
 
 _IMAGENET = ((.485, .456, .406), (.229, .224, .225))
 
 def _idelbayev(depth:int, sha256:str)->PublicModel:
     file = f"resnet{depth}-{sha256[:8]}.th"
-    address = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/d5489e8995e81e91ce6b1d69dcc98ad579b0b153/pretrained_models/"
-    return PublicModel(f"resnet{depth}", file, sha256, "Y. Idelbayev 2018, BSD-2-Clause", url=address + file, normalisation=_IMAGENET)
+    address = ("https://github.com/akamaster/pytorch_resnet_cifar10/raw/"
+               "d5489e8995e81e91ce6b1d69dcc98ad579b0b153/pretrained_models/")
+    return PublicModel(f"resnet{depth}", file, sha256, "Y. Idelbayev 2018, BSD-2-Clause",
+                       url=address + file, normalisation=_IMAGENET)
 
 PUBLIC_MODELS:dict[str, PublicModel] = {
-    "cifar10-standard-resnet18": PublicModel("resnet18", "examples/model_test.pt", "399f52da9f914c323fa5a6096d60f460a3449a59b64a6405200c1e629f8425a7",
-                                             "F. Croce 2020, with AutoAttack, MIT", package="pyautoattack"),
-    "cifar10-standard-resnet20": _idelbayev(20, "12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8"),
-    "cifar10-standard-resnet32": _idelbayev(32, "d509ac1820d7f25398913559d7e81a13229b1e7adc5648e3bfa5e22dc137f850"),
-    "cifar10-standard-resnet44": _idelbayev(44, "014dd6541728a1c700b1642ab640e211dc6eb8ed507d70697458dc8f8a0ae2e4"),
-    "cifar10-standard-resnet56": _idelbayev(56, "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367"),
+    "cifar10-standard-resnet18": PublicModel(
+        "resnet18", "examples/model_test.pt",
+        "399f52da9f914c323fa5a6096d60f460a3449a59b64a6405200c1e629f8425a7",
+        "F. Croce 2020, with AutoAttack, MIT", package="pyautoattack"),
+    "cifar10-standard-resnet20": _idelbayev(
+        20, "12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8"),
+    "cifar10-standard-resnet32": _idelbayev(
+        32, "d509ac1820d7f25398913559d7e81a13229b1e7adc5648e3bfa5e22dc137f850"),
+    "cifar10-standard-resnet44": _idelbayev(
+        44, "014dd6541728a1c700b1642ab640e211dc6eb8ed507d70697458dc8f8a0ae2e4"),
+    "cifar10-standard-resnet56": _idelbayev(
+        56, "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367"),
 }
 
 # %% ../nbs/parts/pretrained.ipynb #1e7ba04f
@@ -105,16 +126,20 @@ def _public_file(row:PublicModel, root:str|os.PathLike|None)->Path:
     "The file of a public model: in its package, in the folder named, or fetched"
     if row.package:
         spec = find_spec(row.package)
-        if spec is None or spec.origin is None: raise ImportError(f"these weights lie in the package {row.package}, which is not installed: pip install 'weat_nb[attacks]'")
+        if spec is None or spec.origin is None:
+            raise ImportError(f"these weights lie in the package {row.package}, which is not "
+                              "installed: pip install 'weat_nb[attacks]'")
         return Path(spec.origin).parent/row.file
     assert row.url is not None # a row has a package or an address
     here = data_root(root)/row.file
-    return here if here.exists() else download(row.url, data_root(root)/"checkpoints"/row.file, row.sha256)
+    return (here if here.exists()
+            else download(row.url, data_root(root)/"checkpoints"/row.file, row.sha256))
 
 def _check_sha256(path:Path, sha256:str)->Path:
     "The file, if it is the one that is meant"
     if (found := file_sha256(path)) != sha256:
-        raise CheckpointError(f"{path} is not the file that was published: its sha256 is {found}, not {sha256}; delete it, and it is fetched or found anew")
+        raise CheckpointError(f"{path} is not the file that was published: its sha256 is {found}, "
+                              f"not {sha256}; delete it, and it is fetched or found anew")
     return path
 
 # %% ../nbs/parts/pretrained.ipynb #e3946498
@@ -123,27 +148,37 @@ def publish_model(
     name:str, # what the model is to be called, for example fashion_mini-sat-resnet8
     folder:str|os.PathLike, # where name.safetensors and name.json go
 )->Path: # the weights
-    "Write the selected model of a run in float16, and before it what it is and its SHA-256; a call that was killed may be repeated"
+    "Write a run's selected model (float16), what it is and its SHA-256 first; repeatable if killed"
     run, folder = Path(run_dir), Path(folder)
-    if name in PUBLIC_MODELS: raise ValueError(f"name = {name!r} is not allowed: a public network is called that; take another name")
-    if not name or name != Path(name).name or ":" in name: raise ValueError(f"name = {name!r} is not allowed: a plain file name without an ending")
+    if name in PUBLIC_MODELS:
+        raise ValueError(f"name = {name!r} is not allowed: a public network is called that; "
+                         "take another name")
+    if not name or name != Path(name).name or ":" in name:
+        raise ValueError(f"name = {name!r} is not allowed: a plain file name without an ending")
     model, metadata = load_checkpoint(run/"best.safetensors")
     path, note = folder/f"{name}.safetensors", folder/f"{name}.json"
-    with tempfile.TemporaryDirectory() as aside: weights = save_checkpoint(Path(aside)/path.name, model, metadata=metadata, dtype=torch.float16).read_bytes()
-    what = dict(name=name, sha256=hashlib.sha256(weights).hexdigest(), model=model.config, epoch=metadata.get("epoch"), config=metadata.get("config"), version=metadata.get("version"))
+    with tempfile.TemporaryDirectory() as aside:
+        weights = save_checkpoint(Path(aside)/path.name, model, metadata=metadata,
+                                  dtype=torch.float16).read_bytes()
+    what = dict(name=name, sha256=hashlib.sha256(weights).hexdigest(), model=model.config,
+                epoch=metadata.get("epoch"), config=metadata.get("config"),
+                version=metadata.get("version"))
     text = json.dumps(what, indent=1) + "\n"
-    begun = note.exists() and note.read_bytes() == text.encode() # an earlier call was killed between the two files
+    # an earlier call was killed between the two files
+    begun = note.exists() and note.read_bytes() == text.encode()
     taken = [p for p in (path, note) if p.exists() and not (begun and p == note)]
-    if taken: raise FileExistsError(f"{taken[0]} is there already: take another name, or delete it first")
+    if taken:
+        raise FileExistsError(f"{taken[0]} is there already: take another name, or delete it first")
     write_text(note, text)
     return write_file(path, weights)
 
-def _is_address(root:str|os.PathLike|None)->bool: return isinstance(root, str) and root.startswith(("http://", "https://"))
+def _is_address(root:str|os.PathLike|None)->bool:
+    return isinstance(root, str) and root.startswith(("http://", "https://"))
 
 def model_folders(
     root:str|os.PathLike|None = None, # a folder of the caller's, searched first
 )->list[Path]: # the folders that exist
-    "Where this project's networks are looked for: the caller's folder, the package, the repository's and the cache's `checkpoints`"
+    "Folders of the project's networks: caller's, package's, repository's and cache's `checkpoints`"
     package = Path(str(files("weat_nb")))
     places = [Path(root).expanduser()] if root is not None else []
     places += [package/"assets/models", package.parent/"checkpoints", data_root(root)/"checkpoints"]
@@ -153,7 +188,8 @@ def pretrained_names(
     root:str|os.PathLike|None = None, # a folder of the caller's
 )->list[str]: # names that `load_pretrained` takes, RobustBench's apart
     "The networks at hand"
-    own = {p.stem for folder in model_folders(root) for p in folder.glob("*.json") if p.with_suffix(".safetensors").exists()}
+    own = {p.stem for folder in model_folders(root) for p in folder.glob("*.json")
+           if p.with_suffix(".safetensors").exists()}
     return sorted(own | set(PUBLIC_MODELS))
 
 def pretrained_note(
@@ -164,24 +200,33 @@ def pretrained_note(
     if _is_address(root): root = _from_address(str(root), name)
     for folder in model_folders(root):
         note = folder/f"{name}.json"
-        if note.exists() and note.with_suffix(".safetensors").exists(): return note.with_suffix(".safetensors"), json.loads(note.read_text())
-    raise ValueError(f"no pretrained model {name!r}{suggest(name, pretrained_names(root))}; at hand: {', '.join(pretrained_names(root))}; or the path of a "
-                     ".safetensors checkpoint, or robustbench:NAME")
+        if note.exists() and note.with_suffix(".safetensors").exists():
+            return note.with_suffix(".safetensors"), json.loads(note.read_text())
+    raise ValueError(f"no pretrained model {name!r}{suggest(name, pretrained_names(root))}; "
+                     f"at hand: {', '.join(pretrained_names(root))}; "
+                     "or the path of a .safetensors checkpoint, or robustbench:NAME")
 
 # %% ../nbs/parts/pretrained.ipynb #89786b9c
 def _robustbench(name:str, root:str|os.PathLike|None)->nn.Module:
     "A model of RobustBench"
     parts = name.split("/")
     if len(parts) not in (1, 3) or not all(parts):
-        raise ValueError(f"robustbench:{name} is not allowed: write robustbench:NAME (CIFAR-10, Linf) or robustbench:DATASET/THREAT/NAME")
+        raise ValueError(f"robustbench:{name} is not allowed: write "
+                         "robustbench:NAME (CIFAR-10, Linf) or robustbench:DATASET/THREAT/NAME")
     dataset, threat, model = parts if len(parts) == 3 else ("cifar10", "Linf", name)
     try: load_model = import_module("robustbench.utils").load_model
     except ImportError as e:
-        raise ImportError(f"robustbench:{name} needs the package robustbench, which cannot be imported here ({e}): "
+        raise ImportError(f"robustbench:{name} needs the package robustbench, which cannot be "
+                          f"imported here ({e}): "
                           "pip install git+https://github.com/RobustBench/robustbench") from e
-    try: return load_model(model_name=model, dataset=dataset, threat_model=threat, model_dir=str(data_root(root)/"robustbench"))
-    except KeyError as e: raise ValueError(f"RobustBench has no model {model!r} for {dataset} and {threat}: see https://robustbench.github.io") from e
-    except OSError as e: raise ConnectionError(f"RobustBench could not fetch {model!r} ({e})") from e
+    try:
+        return load_model(model_name=model, dataset=dataset, threat_model=threat,
+                          model_dir=str(data_root(root)/"robustbench"))
+    except KeyError as e:
+        raise ValueError(f"RobustBench has no model {model!r} for {dataset} and {threat}: "
+                         "see https://robustbench.github.io") from e
+    except OSError as e:
+        raise ConnectionError(f"RobustBench could not fetch {model!r} ({e})") from e
 
 # %% ../nbs/parts/pretrained.ipynb #da785c0d
 def _from_address(address:str, name:str)->Path:
@@ -191,20 +236,24 @@ def _from_address(address:str, name:str)->Path:
     try: sha256 = json.loads(note.read_text())["sha256"]
     except (ValueError, KeyError, TypeError) as e:
         note.unlink()
-        raise CheckpointError(f"{address}/{name}.json is not the description of a model ({e}): is the address right?") from e
+        raise CheckpointError(f"{address}/{name}.json is not the description of a model ({e}): "
+                              "is the address right?") from e
     download(f"{address.rstrip('/')}/{name}.safetensors", folder/f"{name}.safetensors", sha256)
     return folder
 
 # %% ../nbs/parts/pretrained.ipynb #80edc2a6
 def load_pretrained(
-    name:str|os.PathLike, # a name (see the table above), or the path of a checkpoint of this project
+    name:str|os.PathLike, # a name (table above), or the path of a checkpoint of this project
     *,
-    root:str|os.PathLike|None = None, # folder or address of the caller's own networks, searched first; None: WEAT_DATA or the cache
+    # folder or address of the caller's own networks, searched first; None: WEAT_DATA or the cache
+    root:str|os.PathLike|None = None,
     device:str|torch.device = "cpu", # where the network goes
 )->nn.Module: # logits (B, K) from images in [0, 1]; in eval mode
     "A trained network by name, its file checked against its SHA-256"
-    name, folder = os.fspath(name), None if _is_address(root) else root # an address holds the caller's own networks only
-    if name.startswith("robustbench:"): model = _robustbench(name.removeprefix("robustbench:"), folder)
+    # an address holds the caller's own networks only
+    name, folder = os.fspath(name), None if _is_address(root) else root
+    if name.startswith("robustbench:"):
+        model = _robustbench(name.removeprefix("robustbench:"), folder)
     elif name.endswith(".safetensors") or Path(name).is_file(): model, _ = load_checkpoint(name)
     elif name in PUBLIC_MODELS:
         row = PUBLIC_MODELS[name]
@@ -225,5 +274,6 @@ def check_pretrained(
     "Refuse what `load_pretrained` could not find; nothing is loaded or fetched"
     elsewhere = name.startswith("robustbench:") or _is_address(root)
     if elsewhere or Path(name).is_file() or name in pretrained_names(root): return
-    raise ValueError(f"{parameter} = {name!r} is not allowed: there is no such file, and the names at hand are {', '.join(pretrained_names(root))}"
+    raise ValueError(f"{parameter} = {name!r} is not allowed: there is no such file, and the names "
+                     f"at hand are {', '.join(pretrained_names(root))}"
                      f"{suggest(name, pretrained_names(root))}")

@@ -33,13 +33,19 @@ def suspicions(
     out, clean, auto = [], found['clean'], found.get('autoattack')
     if clean['zero_gradients']:
         right = round(clean['num_images']*clean['accuracy']/100)
-        out.append(f"zero gradients: the cross-entropy has none at {clean['zero_gradients']} of {right} correctly classified images; attacks that follow it cannot move them")
+        out.append(f"zero gradients: the cross-entropy has none at {clean['zero_gradients']} of "
+                   f"{right} correctly classified images; attacks that follow it cannot move them")
     if auto and (gain := auto['after']['fab-t'] - auto['after']['square']) > .2 + 1e-9:
-        out.append(f"gradient masking: Square, which needs no gradients, broke images that APGD and FAB had left, {gain:.2f} % of all {auto['num_images']}; run it with more queries, or an adaptive attack")
+        out.append("gradient masking: Square, which needs no gradients, broke images that APGD and "
+                   f"FAB had left, {gain:.2f} % of all {auto['num_images']}; run it with more "
+                   "queries, or an adaptive attack")
     record, who = PUBLISHED_RECORDS.get(dataset, (math.inf, ''))
-    for r in (r for r in results if 'eps' in r and abs(r['eps'] - 8/255) < 1e-4 and r['accuracy'] > record):
-        out.append(f"too good: {r['accuracy']:.2f} % under {r['attack']} on {r['num_images']} images is above the published record for {dataset}, {record:.2f} % ({who})")
-    for note in dict.fromkeys(n for r in results for n in r.get('notes', ())): out.append(f'AutoAttack: {note}')
+    for r in (r for r in results
+              if 'eps' in r and abs(r['eps'] - 8/255) < 1e-4 and r['accuracy'] > record):
+        out.append(f"too good: {r['accuracy']:.2f} % under {r['attack']} on {r['num_images']} "
+                   f"images is above the published record for {dataset}, {record:.2f} % ({who})")
+    for note in dict.fromkeys(n for r in results for n in r.get('notes', ())):
+        out.append(f'AutoAttack: {note}')
     return out
 
 # %% ../nbs/parts/records.ipynb #d5ecd32f
@@ -58,29 +64,39 @@ def record_rows(
     for r in record['results']:
         named = {r['attack']: r['accuracy']}
         if r['attack'] == 'cw': named['cw, at any distance'] = r['accuracy_any_distance']
-        if r['attack'] == 'autoattack': named.update({'autoattack, before' if part == 'clean' else f'autoattack, after {part}': value for part, value in r['after'].items()})
-        rows += [{'attack': name, 'images': r['num_images'], 'accuracy (%)': value, 'standard error': standard_error(value, r['num_images'])} for name, value in named.items()]
+        if r['attack'] == 'autoattack':
+            named.update({
+                'autoattack, before' if part == 'clean' else f'autoattack, after {part}': value
+                for part, value in r['after'].items()})
+        rows += [{'attack': name, 'images': r['num_images'], 'accuracy (%)': value,
+                  'standard error': standard_error(value, r['num_images'])}
+                 for name, value in named.items()]
     return rows
 
 # %% ../nbs/parts/records.ipynb #89c1d31c
-_OBJECTIVES = ('standard', 'sat', 'trades', 'mart', 'mail_trades', 'weat_nat', 'weat_adv', 'der', 'der_single_step')
+_OBJECTIVES = ('standard', 'sat', 'trades', 'mart', 'mail_trades', 'weat_nat', 'weat_adv',
+               'der', 'der_single_step')
 _TOLD = ('data', 'objective', 'network', 'epochs', 'precision')
 _COLUMNS = {'clean': 'clean', 'pgd-20': 'PGD-20', 'cw': 'CW', 'autoattack': 'AutoAttack'}
 
 def read_records(
     folder:str|Path, # of JSON files
-)->list[dict[str, Any]]: # by data set, network, objective (as in `OBJECTIVES`, others after them) and seed
+    # by data set, network, objective (as in `OBJECTIVES`, others after them) and seed
+)->list[dict[str, Any]]:
     "All records of a folder"
     if not Path(folder).is_dir(): raise FileNotFoundError(f'there is no folder of records {folder}')
     records = []
     for path in sorted(Path(folder).glob('*.json')):
         try: record = json.loads(path.read_text(encoding='utf-8'))
-        except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f'{path} is damaged ({e}): restore or delete it') from e
-        if not isinstance(record, dict) or 'results' not in record: raise ValueError(f'{path} is no record of an evaluation: it does not belong here')
+        except (UnicodeDecodeError, json.JSONDecodeError) as e:
+            raise ValueError(f'{path} is damaged ({e}): restore or delete it') from e
+        if not isinstance(record, dict) or 'results' not in record:
+            raise ValueError(f'{path} is no record of an evaluation: it does not belong here')
         records.append(record)
     return sorted(records, key=_order)
 
-def _training(record:Mapping[str, Any])->dict[str, Any]: return record['model'].get('training') or {}
+def _training(record:Mapping[str, Any])->dict[str, Any]:
+    return record['model'].get('training') or {}
 
 def _settings(record:Mapping[str, Any])->dict[str, Any]:
     "What the runs of a row have in common"
@@ -88,12 +104,14 @@ def _settings(record:Mapping[str, Any])->dict[str, Any]:
 
 def _apart(settings:Mapping[str, Any], others:Sequence[Mapping[str, Any]])->str:
     "The settings that tell a row from others like it; empty where there are none"
-    return ', '.join(f'{k} = {v}' for k, v in settings.items() if any(other.get(k) != v for other in others))
+    return ', '.join(f'{k} = {v}' for k, v in settings.items()
+                     if any(other.get(k) != v for other in others))
 
 def _order(record:Mapping[str, Any])->tuple:
     objective, model = _training(record).get('objective'), record['model']
-    order = (*_OBJECTIVES, objective) # one from outside after them, a model of unknown training last
-    return (record['data']['dataset'], model['arch'], order.index(objective) if objective else len(order), objective or '',
+    order = (*_OBJECTIVES, objective) # one from outside last, a model of unknown training after it
+    return (record['data']['dataset'], model['arch'],
+            order.index(objective) if objective else len(order), objective or '',
             model['name'], _training(record).get('seed', 0))
 
 def _ball(record:Mapping[str, Any])->list[float|None]: # of all its attacks
@@ -101,23 +119,31 @@ def _ball(record:Mapping[str, Any])->list[float|None]: # of all its attacks
     return [next((r[k] for r in record['results'] if k in r), None) for k in ('eps', 'step_size')]
 
 def _whole(records:Sequence[Mapping[str, Any]])->list[Mapping[str, Any]]:
-    "Evaluations of one model in one ball as one record: each attack where it was run on the most images"
+    "A model's evaluations in one ball as one record: each attack as run on the most images"
     found:dict[tuple, Any] = {}
     for i, record in enumerate(records):
-        key = (record['data']['dataset'], record['data']['split'], record['model'].get('weights_sha256', i), _ball(record)[0])
-        results = {r['attack']: r for r in sorted((*found.get(key, dict(results=[]))['results'], *record['results']), key=lambda r: r['num_images'])}
+        key = (record['data']['dataset'], record['data']['split'],
+               record['model'].get('weights_sha256', i), _ball(record)[0])
+        results = {r['attack']: r for r in sorted(
+            (*found.get(key, dict(results=[]))['results'], *record['results']),
+            key=lambda r: r['num_images'])}
         found[key] = {**found.get(key, record), 'results': list(results.values())}
     return list(found.values())
 
 def _as_in_paper(record:Mapping[str, Any])->bool:
-    "Trained by the paper's protocol on all images and evaluated on test images, attacked in the paper's ball both times"
-    return _training(record).get('protocol', 'paper') == 'paper' and record['data']['split'] == 'test' and _training(record).get('num_train') is None and all(eps is not None and abs(eps - 8/255) < 1e-6 for eps in (_training(record).get('eps'), _ball(record)[0]))
+    "Trained by the paper's protocol on all images, evaluated on test images, both in its ball"
+    return (_training(record).get('protocol', 'paper') == 'paper'
+            and record['data']['split'] == 'test' and _training(record).get('num_train') is None
+            and all(eps is not None and abs(eps - 8/255) < 1e-6
+                    for eps in (_training(record).get('eps'), _ball(record)[0])))
 
 def _cell(group:Sequence[Mapping[str, Any]], attack:str)->str|None:
     "Mean and spread of one accuracy over the seeds of a row"
-    values = [r['accuracy'] for record in group for r in record['results'] if r['attack'] == attack]
+    values = [r['accuracy'] for record in group
+              for r in record['results'] if r['attack'] == attack]
     if not values: return None
-    text = f'{statistics.mean(values):.1f}' + (f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else '')
+    text = f'{statistics.mean(values):.1f}' + (
+        f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else '')
     return text + (f' ({len(values)} of {len(group)} seeds)' if len(values) < len(group) else '')
 
 def measured_table(
@@ -126,64 +152,86 @@ def measured_table(
     "Every measured model, seeds together"
     groups:dict[str, list] = {}
     records = _whole(records)
-    radii = {(record['data']['dataset'], radius) for record in records if (radius := _ball(record)[0]) is not None}
-    columns = {a: column for a, column in _COLUMNS.items() if any(r['attack'] == a for record in records for r in record['results'])}
+    radii = {(record['data']['dataset'], radius) for record in records
+             if (radius := _ball(record)[0]) is not None}
+    columns = {a: column for a, column in _COLUMNS.items()
+               if any(r['attack'] == a for record in records for r in record['results'])}
     for record in records:
-        alike = [record['data']['dataset'], record['data']['split'], record['model']['arch'], _ball(record), _settings(record) or record['model']['name']]
+        alike = [record['data']['dataset'], record['data']['split'], record['model']['arch'],
+                 _ball(record), _settings(record) or record['model']['name']]
         groups.setdefault(json.dumps(alike, sort_keys=True), []).append(record)
     rows = []
     for group in groups.values():
         training, first = _training(group[0]), group[0]
-        images = {column: '/'.join(map(str, counts)) for a, column in columns.items() if (counts := sorted({r['num_images'] for record in group for r in record['results'] if r['attack'] == a}))}
+        images = {column: '/'.join(map(str, counts)) for a, column in columns.items()
+                  if (counts := sorted({r['num_images'] for record in group
+                                        for r in record['results'] if r['attack'] == a}))}
         dataset, split, radius = first['data']['dataset'], first['data']['split'], _ball(first)[0]
         data = dataset if split == 'test' else f'{dataset}, {split} images'
         if radius and sum(name == dataset for name, _ in radii) > 1: data += f', ε = {radius:.3g}'
-        rows.append({'data': data, 'objective': training.get('objective') or first['model']['name'], 'network': first['model']['arch'], 'epochs': training.get('epochs'), 'seeds': len(group),
+        rows.append({'data': data, 'objective': training.get('objective') or first['model']['name'],
+                     'network': first['model']['arch'], 'epochs': training.get('epochs'),
+                     'seeds': len(group),
                      **{column: _cell(group, a) for a, column in columns.items()},
-                     'images': next(iter(images.values())) if len(set(images.values())) == 1 else ', '.join(f'{n} {column}' for column, n in images.items()),
+                     'images': next(iter(images.values())) if len(set(images.values())) == 1
+                               else ', '.join(f'{n} {column}' for column, n in images.items()),
                      'precision': training.get('precision')})
     for row, group in zip(rows, groups.values()):
-        alike = [_settings(other[0]) for r, other in zip(rows, groups.values()) if all(r[k] == row[k] for k in _TOLD)]
+        alike = [_settings(other[0]) for r, other in zip(rows, groups.values())
+                 if all(r[k] == row[k] for k in _TOLD)]
         if differ := _apart(_settings(group[0]), alike): row['settings'] = differ
     return Table(rows)
 
 # %% ../nbs/parts/records.ipynb #78a362f5
-PAPER_RESULTS:dict[str, dict[str, tuple[float|None, float|None]]] = { # accuracy (%) under PGD and AutoAttack, ResNet-18, l-inf 8/255; taken from a secondary source, not from the paper
-    'cifar10':  dict(sat=(49.03, 45.37), trades=(52.65, 49.46), mail_trades=(53.09, 49.42), weat_nat=(52.43, 49.02), weat_adv=(53.35, 49.75)),
-    'cifar100': dict(sat=(23.89, 20.99), trades=(28.53, 24.29), mail_trades=(28.79, 24.24), weat_nat=(29.71, 24.88), weat_adv=(30.90, 25.63)),
-    'svhn':     dict(sat=(50.54, 44.87), trades=(55.52, 48.13), mail_trades=(54.94, 47.48), weat_nat=(55.31, 48.61), weat_adv=(56.40, 49.60)),
+# accuracy (%) under PGD and AutoAttack, ResNet-18, l-inf 8/255; taken from a secondary source, not
+# from the paper
+PAPER_RESULTS:dict[str, dict[str, tuple[float|None, float|None]]] = {
+    'cifar10':  dict(sat=(49.03, 45.37), trades=(52.65, 49.46), mail_trades=(53.09, 49.42),
+                     weat_nat=(52.43, 49.02), weat_adv=(53.35, 49.75)),
+    'cifar100': dict(sat=(23.89, 20.99), trades=(28.53, 24.29), mail_trades=(28.79, 24.24),
+                     weat_nat=(29.71, 24.88), weat_adv=(30.90, 25.63)),
+    'svhn':     dict(sat=(50.54, 44.87), trades=(55.52, 48.13), mail_trades=(54.94, 47.48),
+                     weat_nat=(55.31, 48.61), weat_adv=(56.40, 49.60)),
     'tiny_imagenet': dict(trades=(None, 17.24), mart=(None, 17.79), weat_adv=(None, 18.45)),
 }
-_PAPER_OBJECTIVES = [o for o in _OBJECTIVES if any(o in numbers for numbers in PAPER_RESULTS.values())]
-_PAPER_ATTACKS = {'pgd-20': 'PGD', 'autoattack': 'AutoAttack'} # ours: the paper's, in the order of its numbers
+_PAPER_OBJECTIVES = [o for o in _OBJECTIVES
+                     if any(o in numbers for numbers in PAPER_RESULTS.values())]
+# ours: the paper's, in the order of its numbers
+_PAPER_ATTACKS = {'pgd-20': 'PGD', 'autoattack': 'AutoAttack'}
 
 def paper_numbers()->Table: # a row for each objective, a column for each data set
     "The paper's own accuracies (%), PGD / AutoAttack; – where no number is known"
     def cell(numbers:Sequence[float|None])->str:
         return ' / '.join('–' if v is None else f'{v:.2f}' for v in numbers)
     def row(objective:str)->dict[str, str]:
-        return {dataset: cell(numbers.get(objective, (None, None))) for dataset, numbers in PAPER_RESULTS.items()}
-    return Table([{'PGD / AutoAttack (%)': objective, **row(objective)} for objective in _PAPER_OBJECTIVES])
+        return {dataset: cell(numbers.get(objective, (None, None)))
+                for dataset, numbers in PAPER_RESULTS.items()}
+    return Table([{'PGD / AutoAttack (%)': objective, **row(objective)}
+                  for objective in _PAPER_OBJECTIVES])
 
 # %% ../nbs/parts/records.ipynb #8a4ac38a
 def paper_table(
     records:Sequence[Mapping[str, Any]], # of `read_records`
-)->Table: # a row for each data set and objective of the paper that was measured; empty where none was
+    # a row for each data set and objective of the paper that was measured; empty where none was
+)->Table:
     "The longest runs with the paper's network, images and ball, beside the paper's numbers"
-    rows, found = [], [r for r in _whole(records) if r['model']['arch'] == 'resnet18' and _as_in_paper(r)
+    rows, found = [], [r for r in _whole(records)
+                       if r['model']['arch'] == 'resnet18' and _as_in_paper(r)
                        and any(result['attack'] in _PAPER_ATTACKS for result in r['results'])]
     for dataset, objective in ((d, o) for d in PAPER_RESULTS for o in _PAPER_OBJECTIVES):
-        runs = [r for r in found if (r['data']['dataset'], _training(r).get('objective')) == (dataset, objective)]
+        runs = [r for r in found
+                if (r['data']['dataset'], _training(r).get('objective')) == (dataset, objective)]
         epochs = max((_training(r).get('epochs') or 0 for r in runs), default=0)
         groups:dict[str, list] = {}
         for r in runs: # short runs do not stand beside the paper's
             if (_training(r).get('epochs') or 0) == epochs:
                 groups.setdefault(json.dumps(_settings(r), sort_keys=True), []).append(r)
-        rows += [_paper_row(dataset, objective, group, list(groups.values())) for group in groups.values()]
+        rows += [_paper_row(dataset, objective, group, list(groups.values()))
+                 for group in groups.values()]
     return Table(rows)
 
 def _paper_row(dataset:str, objective:str, group:list, groups:list[list])->dict[str, Any]:
-    "A row of `paper_table`; where other runs of the objective have other settings, it says which its own are"
+    "A row of `paper_table`; it names its settings where other runs of the objective have others"
     row:dict[str, Any] = {'data': dataset, 'objective': objective}
     numbers, settings = PAPER_RESULTS[dataset].get(objective, (None, None)), _settings(group[0])
     for (attack, name), number in zip(_PAPER_ATTACKS.items(), numbers):
@@ -194,7 +242,8 @@ def _paper_row(dataset:str, objective:str, group:list, groups:list[list])->dict[
     return row | ({'settings, ours': differ} if differ else {})
 
 def not_run_yet(
-    rows:Sequence[Mapping[str, Any]], # of the runs that were, with `data` and `objective`; `paper_table`'s are such
+    # of the runs that were, with `data` and `objective`; `paper_table`'s are such
+    rows:Sequence[Mapping[str, Any]],
 )->str: # a sentence
     "Which runs of the paper's table are missing among these"
     done = {(row['data'], row['objective']) for row in rows}

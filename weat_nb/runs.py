@@ -27,7 +27,8 @@ def _sync_folder(folder:Path)->None:
     if os.name == 'nt': return # Windows opens no folders
     fd = os.open(folder, os.O_RDONLY)
     try: os.fsync(fd)
-    except OSError: pass # some network file systems refuse this; the file itself is on the disk already
+    # some network file systems refuse this; the file itself is on the disk already
+    except OSError: pass
     finally: os.close(fd)
 
 def write_error(
@@ -36,8 +37,10 @@ def write_error(
 )->OSError: # of the same kind
     "An error that says what to do about a full disk or a folder that cannot be written to"
     full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    todo = 'free some space, or name another folder' if full else 'name a folder that can be written to'
-    return OSError(e.errno, f'could not be written ({e.strerror or e}): {todo}; what was there before is intact', str(path))
+    todo = ('free some space, or name another folder' if full
+            else 'name a folder that can be written to')
+    return OSError(e.errno, f'could not be written ({e.strerror or e}): {todo}; '
+                   'what was there before is intact', str(path))
 
 # %% ../nbs/parts/runs.ipynb #ffd664e5
 def write_file(
@@ -77,7 +80,8 @@ def write_lines(
 def _json_object(data:bytes)->dict:
     "The JSON object that is written there, or a ValueError"
     found = json.loads(data.decode())
-    if not isinstance(found, dict): raise ValueError(f'{type(found).__name__} in place of an object')
+    if not isinstance(found, dict):
+        raise ValueError(f'{type(found).__name__} in place of an object')
     return found
 
 def read_lines(
@@ -89,7 +93,8 @@ def read_lines(
     if not path.exists(): return rows
     for i, line in enumerate(path.read_bytes().splitlines(), 1):
         try: rows.append(_json_object(line))
-        except ValueError as e: raise ValueError(f'{path}, line {i} is damaged ({e}): mend or delete the file') from e
+        except ValueError as e:
+            raise ValueError(f'{path}, line {i} is damaged ({e}): mend or delete the file') from e
     return rows
 
 # %% ../nbs/parts/runs.ipynb #b7e50002
@@ -97,8 +102,9 @@ def best_row(
     history:list[dict], # metrics of a run, a dictionary an epoch
     objective:str|None = None, # what was trained
 )->dict: # of `history`, the first of equals
-    "The epoch whose model is kept: of the highest clean accuracy for `standard`, else of the highest accuracy under PGD"
-    chosen = [row for row in history if row.get('selectable', True)] or history # none yet: the best so far
+    "The epoch whose model is kept: highest clean accuracy for `standard`, else highest under PGD"
+    # none yet: the best so far
+    chosen = [row for row in history if row.get('selectable', True)] or history
     return max(chosen, key=lambda row: row['clean' if objective == 'standard' else 'pgd'])
 
 # %% ../nbs/parts/runs.ipynb #6fc10a11
@@ -107,7 +113,8 @@ def differences(
     here:Mapping[str, Any], # flat, of what is wanted
 )->str: # '' where they are equal
     "What differs between two dictionaries, in words"
-    return ', '.join(f'{k} is {there.get(k)!r} there and {here.get(k)!r} here' for k in {**there, **here} if there.get(k) != here.get(k))
+    return ', '.join(f'{k} is {there.get(k)!r} there and {here.get(k)!r} here'
+                     for k in {**there, **here} if there.get(k) != here.get(k))
 
 def open_run(
     path:str|Path, # the run folder; made if it does not exist
@@ -116,17 +123,22 @@ def open_run(
 )->Path: # the run folder
     "Make a run folder, or take one up whose config is the same"
     path, config = Path(path), json.loads(json.dumps(config))
-    file, halves = path/'config.json', list(path.glob('.*.????????.part')) # a killed writer leaves half a file
+    # a killed writer leaves half a file
+    file, halves = path/'config.json', list(path.glob('.*.????????.part'))
     if not file.exists():
         if path.exists() and any(p.name != '.lock' and p not in halves for p in path.iterdir()):
-            raise FileExistsError(f'{path} is not empty and holds no run (no config.json): name a new or empty folder as run_dir')
+            raise FileExistsError(f'{path} is not empty and holds no run (no config.json): '
+                                  'name a new or empty folder as run_dir')
         write_text(file, json.dumps(config, indent=1) + '\n')
     elif not resume:
-        raise FileExistsError(f'{path} already holds a run: name another run_dir, or let it go on with resume=True')
+        raise FileExistsError(f'{path} already holds a run: name another run_dir, '
+                              'or let it go on with resume=True')
     try: old = _json_object(file.read_bytes())
-    except ValueError as e: raise ValueError(f'{file} is damaged ({e}): restore it, or name another run_dir') from e
+    except ValueError as e:
+        raise ValueError(f'{file} is damaged ({e}): restore it, or name another run_dir') from e
     if old != config:
-        raise ValueError(f'{path} holds a run of another config ({differences(old, config)}): name another run_dir, or give the same parameters')
+        raise ValueError(f'{path} holds a run of another config ({differences(old, config)}): '
+                         'name another run_dir, or give the same parameters')
     for half in halves: half.unlink()
     return path
 
@@ -136,7 +148,7 @@ def lock_file(
     path:str|Path, # the lock's own file; it stays, empty
     busy:str, # what the error says where another process holds it
 )->Iterator[None]:
-    "Hold a lock for this process, its folder made if need be; it goes with the process, however that ends"
+    "Hold a lock, its folder made if need be; it goes with this process, however that ends"
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +167,8 @@ def lock_run(
     path:str|Path, # the run folder
 )->AbstractContextManager[None]:
     "Hold the run folder, made if need be, for this process; a second process gets an error"
-    return lock_file(Path(path)/'.lock', f'{path} is being written by another process: wait for it, or name another run_dir')
+    return lock_file(Path(path)/'.lock', f'{path} is being written by another process: '
+                     'wait for it, or name another run_dir')
 
 # %% ../nbs/parts/runs.ipynb #021e692f
 def _in_notebook()->bool:
@@ -185,7 +198,8 @@ class Progress:
             self.bar = tqdm(total=total, desc=text, initial=done, mininterval=1)
 
     def _page(self, rest:str = '')->str:
-        return f'<progress value="{self.count}" max="{self.total}"></progress> {escape(" · ".join(t for t in (self.text, rest) if t))}'
+        return (f'<progress value="{self.count}" max="{self.total}"></progress> '
+                f'{escape(" · ".join(t for t in (self.text, rest) if t))}')
 
     def step(self,
         text:str|None = None, # a new text; None keeps the old
@@ -199,8 +213,10 @@ class Progress:
             self.bar.update(by)
         elif self.display is not None and time.monotonic() - self.drawn > 1:
             self.drawn = time.monotonic()
-            left = (self.drawn - self.start)/max(self.count - self.done, 1)*(self.total - self.count)
-            self.display.update(self.html(self._page(f'{self.count}/{self.total}, {left:.0f} s left')))
+            left = ((self.drawn - self.start)/max(self.count - self.done, 1)
+                    *(self.total - self.count))
+            self.display.update(
+                self.html(self._page(f'{self.count}/{self.total}, {left:.0f} s left')))
 
     def aim(self,
         ahead:int, # steps that are still to come, where that has become clearer
@@ -232,8 +248,11 @@ def publish_run(
     "Turn papermill's output into a page: no definitions, no tests, a title of its own"
     executed, page = Path(executed), Path(page)
     nb = json.loads(executed.read_text(encoding='utf-8'))
-    errors = [o['evalue'] for c in nb['cells'] for o in c.get('outputs', []) if o['output_type'] == 'error']
-    if errors: raise ValueError(f'{executed} ended with an error ({errors[0][:200]}): a failed run is not published')
+    errors = [o['evalue'] for c in nb['cells'] for o in c.get('outputs', [])
+              if o['output_type'] == 'error']
+    if errors:
+        raise ValueError(f'{executed} ended with an error ({errors[0][:200]}): '
+                         'a failed run is not published')
     cells = []
     for cell in nb['cells']:
         tags, source = cell['metadata'].get('tags', []), ''.join(cell['source'])
@@ -241,12 +260,17 @@ def publish_run(
         if not (keep or cell['cell_type'] == 'markdown' and 'report' in tags): continue
         cell['metadata'] = {'tags': [t for t in tags if t == 'report']} if 'report' in tags else {}
         if 'injected-parameters' in tags: source = source.replace('# Parameters\n', '', 1)
-        if cell['cell_type'] == 'markdown': source = re.sub(r'\]\((?!\w+:|[#/])', '](../', source) # the page lies a folder deeper
-        cells.append({**cell, 'source': source.splitlines(True), **({'execution_count': None} if cell['cell_type'] == 'code' else {})})
+        if cell['cell_type'] == 'markdown': # the page lies a folder deeper
+            source = re.sub(r'\]\((?!\w+:|[#/])', '](../', source)
+        cells.append({**cell, 'source': source.splitlines(True),
+                      **({'execution_count': None} if cell['cell_type'] == 'code' else {})})
     if not cells: raise ValueError(f'{executed} has no cell tagged "report": nothing to publish')
-    head = f'# {title}\n\n> {note}' # a title and a subtitle alone: nbdev makes the page's header of this cell
-    origin = f'This page is an executed notebook without its definitions; the chapter it was made from, [{chapter}](../{chapter}), explains them.'
-    text = [dict(cell_type='markdown', id=name, metadata={}, source=source.splitlines(True)) for name, source in (('title', head), ('origin', origin))]
+    # a title and a subtitle alone: nbdev makes the page's header of this cell
+    head = f'# {title}\n\n> {note}'
+    origin = ('This page is an executed notebook without its definitions; '
+              f'the chapter it was made from, [{chapter}](../{chapter}), explains them.')
+    text = [dict(cell_type='markdown', id=name, metadata={}, source=source.splitlines(True))
+            for name, source in (('title', head), ('origin', origin))]
     nb['cells'] = [*text, *cells]
     nb['metadata'] = {'kernelspec': nb['metadata']['kernelspec']}
     return write_text(page, json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n')

@@ -45,7 +45,7 @@ def reference_step(
     x_adv:Tensor|None = None, # attacked images; None: attack here
     generator:torch.Generator|None = None, # of the attack's start
 )->Tensor: # (), the loss, detached; gradients are left in the parameters
-    "One update as the authors' code computes it (Algorithm 1; float32, nothing hoisted): the oracle and the yardstick"
+    "An update as the authors compute it (Algorithm 1; float32, nothing hoisted): oracle, yardstick"
     o = get_objective(objective)
     if x_adv is None:
         kind, begin = o.inner_attack()
@@ -69,12 +69,13 @@ def forward_passes(
     steps:int, # attack steps
     hoist:bool = True, # is the target of the KL attack computed once?
 )->int: # forward-pass equivalents of one update
-    "Cost of one update in forward passes: a gradient of the input costs one more, a gradient of the weights another"
+    "Cost of an update in forward passes: the input's gradient is one more, the weights' another"
     o = get_objective(objective)
-    target = {None: 0, 'ce': 0, 'dlr': 0, 'kl': 1 if hoist else steps} # at the natural images: only KL reads their logits
+    # at the natural images: only KL reads their logits
+    target = {None: 0, 'ce': 0, 'dlr': 0, 'kl': 1 if hoist else steps}
     if o.attack not in target:
-        raise ValueError(f"objective {objective!r} attacks by {o.attack!r}, whose passes are not known: its row must name ce, "
-                         "dlr, kl or None")
+        raise ValueError(f"objective {objective!r} attacks by {o.attack!r}, whose passes are not "
+                         "known: its row must name ce, dlr, kl or None")
     return target[o.attack] + 2*steps*(o.attack is not None) + 3*(o.needs_clean + o.needs_adv)
 
 def forward_cost(
@@ -82,27 +83,36 @@ def forward_cost(
     in_channels:int = 3, # C
     image_size:int = 32, # H = W, pixels
     element_size:int = 4, # bytes of a number: 4 in float32, 2 in bf16
-)->tuple[int, int]: # (floating point operations, bytes of activations written and read) of one image's forward pass
-    "What one image costs in one forward pass in evaluation mode: operations by PyTorch's counter, bytes as every layer's output written once and read once"
+    # (floating point operations, bytes of activations written and read) of one image's forward pass
+)->tuple[int, int]:
+    """What one image costs in one forward pass in evaluation mode: operations by PyTorch's counter,
+    bytes as every layer's output written once and read once"""
     from torch.utils.flop_counter import FlopCounterMode
     numbers = []
-    hooks = [m.register_forward_hook(lambda module, args, out: numbers.append(out.numel())) for m in model.modules() if not list(m.children())]
-    one = torch.zeros(1, in_channels, image_size, image_size, device=next(model.parameters()).device)
+    hooks = [m.register_forward_hook(lambda module, args, out: numbers.append(out.numel()))
+             for m in model.modules() if not list(m.children())]
+    one = torch.zeros(1, in_channels, image_size, image_size,
+                      device=next(model.parameters()).device)
     try:
-        with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter: model(one)
+        with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(one)
     finally:
         for hook in hooks: hook.remove()
     return counter.get_total_flops(), 2*element_size*sum(numbers) # written, and read
 
 # %% ../nbs/10_speed.ipynb #5d1de002
 class SideBySideConv2d(nn.Conv2d):
-    "A convolution that takes small maps of up to 16 images as one wide map, on a CPU in channels last: the same sums, and the weights are read once for all of them"
+    """A convolution that takes small maps of up to 16 images as one wide map, on a CPU in channels
+    last: the same sums, and the weights are read once for all of them"""
     def _images(self, x:Tensor)->int:
         "How many images make a wide map; 1 where nothing is gained"
-        if x.device.type != 'cpu' or x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last): return 1
-        (height, width), (down, across), (stride_y, stride_x) = x.shape[2:], self.kernel_size, self.stride
+        if (x.device.type != 'cpu' or x.ndim != 4
+                or not x.is_contiguous(memory_format=torch.channels_last)): return 1
+        (height, width), (down, across), (stride_y, stride_x) = (
+            x.shape[2:], self.kernel_size, self.stride)
         plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == 'zeros'
-        if not plain or down % 2 == 0 or across % 2 == 0 or self.padding != (down//2, across//2): return 1
+        if (not plain or down % 2 == 0 or across % 2 == 0
+                or self.padding != (down//2, across//2)): return 1
         summands, pixels = self.in_channels*down*across, -(-height//stride_y)*-(-width//stride_x)
         return math.gcd(len(x), 16) if summands >= 100*pixels else 1
 
@@ -112,14 +122,18 @@ class SideBySideConv2d(nn.Conv2d):
         images = self._images(x)
         if images == 1: return super().forward(x)
         width, padding, stride = x.shape[3], self.kernel_size[1]//2, self.stride[1]
-        margin = padding + -(width + padding) % stride # so that each image begins at a step of the convolution
-        rows = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, margin)).unflatten(0, (-1, images)) # (B/n, n, H, W + margin, C)
-        wide = super().forward(rows.transpose(1, 2).flatten(2, 3).permute(0, 3, 1, 2)) # (B/n, C', H', n(W + margin)/stride)
-        parts = wide.permute(0, 2, 3, 1).unflatten(2, (images, -1))[:, :, :, :-(-width//stride)] # (B/n, H', n, W', C')
+        # so that each image begins at a step of the convolution
+        margin = padding + -(width + padding) % stride
+        # (B/n, n, H, W + margin, C)
+        rows = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, margin)).unflatten(0, (-1, images))
+        # (B/n, C', H', n(W + margin)/stride)
+        wide = super().forward(rows.transpose(1, 2).flatten(2, 3).permute(0, 3, 1, 2))
+        # (B/n, H', n, W', C')
+        parts = wide.permute(0, 2, 3, 1).unflatten(2, (images, -1))[:, :, :, :-(-width//stride)]
         return parts.transpose(1, 2).flatten(0, 1).permute(0, 3, 1, 2)
 
 def _lay_side_by_side(model:nn.Module)->list[nn.Conv2d]:
-    "Turn the plain convolutions of a model, in place, into `SideBySideConv2d`; those that were turned"
+    "Turn a model's plain convolutions, in place, into `SideBySideConv2d`; those that were turned"
     convs = [m for m in model.modules() if type(m) is nn.Conv2d]
     for conv in convs: conv.__class__ = SideBySideConv2d
     return convs
@@ -153,10 +167,12 @@ def _conv_bn(module:nn.Module, uses:Counter[nn.Module|None])->Iterator[tuple[str
     "Names of the children that are a convolution and the BatchNorm of its output, and nothing else"
     yield from getattr(module, 'conv_bn', ())
     if type(module).forward is nn.Sequential.forward:
-        children = list(module._modules.items()) # named_children() leaves out a module's second place
+        children = list(module._modules.items()) # named_children() omits a module's second place
         for (first, conv), (second, bn) in zip(children, children[1:]):
-            if type(conv) is not nn.Conv2d or not (type(bn) is nn.BatchNorm2d or type(bn) is SyncBatchNorm2d): continue
-            alone = uses[conv] == uses[bn] == 1 and not any(m._forward_hooks or m._forward_pre_hooks for m in (conv, bn))
+            if (type(conv) is not nn.Conv2d
+                    or not (type(bn) is nn.BatchNorm2d or type(bn) is SyncBatchNorm2d)): continue
+            alone = uses[conv] == uses[bn] == 1 and not any(
+                m._forward_hooks or m._forward_pre_hooks for m in (conv, bn))
             if alone and bn.affine and bn.track_running_stats: yield first, second
 
 # %% ../nbs/10_speed.ipynb #8dab81d6
@@ -164,18 +180,23 @@ def check_compiler(
     device:str, # cuda, mps or cpu
 )->None:
     "Refuse `compile=True` where torch.compile would find no C++ compiler: on a CPU without one"
-    if device == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl'))):
-        raise ValueError('compile=True needs a C++ compiler on a CPU, and none is on the PATH: install g++ or clang++, name one in the variable CXX, or leave compile=False')
+    if device == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX', 'g++'),
+                                                      'g++', 'clang++', 'cl'))):
+        raise ValueError('compile=True needs a C++ compiler on a CPU, and none is on the PATH: '
+                         'install g++ or clang++, name one in the variable CXX, '
+                         'or leave compile=False')
 
 class FrozenCopy:
-    "A copy of a model for the attack: evaluation mode, no gradients of weights, BatchNorm folded into the convolutions"
+    "A copy of a model for the attack: evaluation mode, no weight gradients, BatchNorm folded in"
     def __init__(self,
         model:nn.Module, # the model in training; its blocks name their pairs in `conv_bn`
         dtype:torch.dtype|None = None, # arithmetic of the copy; None: the model's
         channels_last:bool = False, # memory format of weights and images
         fold:bool = True, # fold BatchNorm where the model says that it can be
         side_by_side:bool = True, # its convolutions are `SideBySideConv2d`
-        compile:bool = False, # compile the copy (needs a C++ compiler on a CPU); the first images of a shape then take up to minutes
+        # compile the copy (needs a C++ compiler on a CPU); the first images of a shape then take
+        # up to minutes
+        compile:bool = False,
     ):
         if compile: check_compiler(next(model.parameters()).device.type)
         self.format = torch.channels_last if channels_last else torch.contiguous_format
@@ -185,15 +206,18 @@ class FrozenCopy:
         for theirs, ours in zip(model.modules(), list(self.model.modules())):
             for c, b in _conv_bn(theirs, uses) if fold else ():
                 conv = getattr(ours, c)
-                conv.weight, conv.bias = nn.Parameter(torch.empty_like(conv.weight)), nn.Parameter(torch.empty_like(conv.weight[:, 0, 0, 0]))
+                conv.weight, conv.bias = (nn.Parameter(torch.empty_like(conv.weight)),
+                                          nn.Parameter(torch.empty_like(conv.weight[:, 0, 0, 0])))
                 setattr(ours, b, nn.Identity())
                 self.pairs.append((getattr(theirs, c), getattr(theirs, b), conv))
         if side_by_side: _lay_side_by_side(self.model)
         self.model.to(dtype=self.dtype).to(memory_format=self.format).requires_grad_(False)
         folded = {id(t) for *_, conv in self.pairs for t in conv.parameters()}
         source = model.state_dict(keep_vars=True)
-        self.rest = [(source[n], t) for n, t in self.model.state_dict(keep_vars=True).items() if id(t) not in folded]
-        self.forward:Callable[[Tensor], Tensor] = torch.compile(self.model) if compile else self.model
+        self.rest = [(source[n], t) for n, t in self.model.state_dict(keep_vars=True).items()
+                     if id(t) not in folded]
+        self.forward:Callable[[Tensor], Tensor] = (torch.compile(self.model) if compile
+                                                   else self.model)
         self.refresh()
 
     @torch.no_grad()
@@ -202,7 +226,8 @@ class FrozenCopy:
         for conv, bn, ours in self.pairs:
             scale = bn.weight*(bn.running_var + bn.eps).rsqrt()
             ours.weight.copy_(conv.weight*scale[:, None, None, None])
-            ours.bias.copy_(bn.bias + ((0 if conv.bias is None else conv.bias) - bn.running_mean)*scale)
+            ours.bias.copy_(bn.bias
+                            + ((0 if conv.bias is None else conv.bias) - bn.running_mean)*scale)
         for theirs, ours in self.rest: ours.copy_(theirs)
 
     def __call__(self,
@@ -218,9 +243,9 @@ class StepConfig:
     "The tricks of an update; each changes its time and not its mathematics"
     fold:bool = True # fold BatchNorm into the convolutions of the frozen copy that is attacked
     channels_last:bool = False # lay images and weights out with the channels innermost
-    side_by_side:bool = True # with channels_last on a CPU: convolve the small maps of many images as one
+    side_by_side:bool = True # channels_last on a CPU: convolve the small maps of many images as one
     bf16:bool = False # attack in bf16, train under bf16 autocast
-    exact_start:bool = True # with bf16: target of a KL attack and logits of its first step in float32
+    exact_start:bool = True # with bf16: a KL attack's target and first step's logits in float32
     compile:bool = False # compile the attack's network (needs a C++ compiler on a CPU)
     graph:bool = False # capture the whole attack as one CUDA graph
 
@@ -228,27 +253,34 @@ class StepConfig:
     def choose(cls,
         device:str, # cuda, mps or cpu
         precision:str = 'float32', # float32 or bf16
-        compile:bool = False, # compile the attack's network: faster after a first update that takes up to minutes
+        # compile the attack's network: faster after a first update that takes up to minutes
+        compile:bool = False,
     )->'StepConfig':
         "A choice for this kind of device: measured on a CPU, not yet on a GPU"
         bf16 = precision == 'bf16'
-        return cls(channels_last=bf16 or device == 'cuda', side_by_side=device == 'cpu', bf16=bf16, compile=compile, graph=device == 'cuda')
+        return cls(channels_last=bf16 or device == 'cuda', side_by_side=device == 'cpu', bf16=bf16,
+                   compile=compile, graph=device == 'cuda')
 
     def copy_of(self,
         model:nn.Module, # logits from images in [0, 1]
         dtype:torch.dtype|None = None, # arithmetic of the copy; None: the model's
     )->FrozenCopy: # what is attacked
         "A frozen copy with these tricks"
-        return FrozenCopy(model, dtype, self.channels_last, self.fold, self.side_by_side, self.compile)
+        return FrozenCopy(model, dtype, self.channels_last, self.fold, self.side_by_side,
+                          self.compile)
 
 # %% ../nbs/10_speed.ipynb #b0bf4bba
-def _without_tf32(read:Callable[[], Any], write:Callable[[Any], Any], exact:Any, newer:Any)->Callable[[], Any]:
-    "Turn one of PyTorch's switches to exact float32; what turns it back. From 2.9 on there are newer switches, and reading an older one is an error where the newer has been used"
+def _without_tf32(read:Callable[[], Any], write:Callable[[Any], Any], exact:Any, newer:Any
+                  )->Callable[[], Any]:
+    """Turn one of PyTorch's switches to exact float32; what turns it back. From 2.9 on there are
+    newer switches, and reading an older one is an error where the newer has been used"""
     try:
         before = read()
         if before != exact: write(exact)
-        if getattr(newer, 'fp32_precision', 'none') in ('ieee', 'none'): return lambda: None if before == exact else write(before)
-        if before != exact: write(before) # it left the choice to a newer switch above it, which allows less than float32
+        if getattr(newer, 'fp32_precision', 'none') in ('ieee', 'none'):
+            return lambda: None if before == exact else write(before)
+        # it left the choice to a newer switch above it, which allows less than float32
+        if before != exact: write(before)
     except RuntimeError: pass
     precision, newer.fp32_precision = newer.fp32_precision, 'ieee'
     return lambda: setattr(newer, 'fp32_precision', precision)
@@ -257,20 +289,24 @@ def _without_tf32(read:Callable[[], Any], write:Callable[[Any], Any], exact:Any,
 def exact_float32(
     on:bool = True, # False changes nothing
 )->Iterator[None]:
-    "Float32 convolutions and matrix products in float32 on a GPU, not in TF32, inside the block; whichever of PyTorch's switches the caller uses"
+    """Float32 convolutions and matrix products in float32 on a GPU, not in TF32, inside the block;
+    whichever of PyTorch's switches the caller uses"""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     undo:list[Callable[[], Any]] = []
     try:
         if on:
-            undo.append(_without_tf32(lambda: cudnn.allow_tf32, partial(setattr, cudnn, 'allow_tf32'), False, getattr(cudnn, 'conv', None)))
-            undo.append(_without_tf32(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, 'highest', matmul))
+            undo.append(_without_tf32(lambda: cudnn.allow_tf32,
+                                      partial(setattr, cudnn, 'allow_tf32'), False,
+                                      getattr(cudnn, 'conv', None)))
+            undo.append(_without_tf32(torch.get_float32_matmul_precision,
+                                      torch.set_float32_matmul_precision, 'highest', matmul))
         yield
     finally:
         for back in undo: back()
 
 # %% ../nbs/10_speed.ipynb #25f7a143
 class TrainStep:
-    "One update of adversarial training, short of the optimiser: attack the batch, compute the objective, leave its gradients"
+    "One adversarial update short of the optimiser: attack a batch, leave the objective's gradients"
     def __init__(self,
         model:nn.Module, # logits from images in [0, 1]
         objective:str, # a name of `OBJECTIVES`
@@ -281,12 +317,15 @@ class TrainStep:
         beta:float|None = None, # weight of the second term; None: the objective's default
         config:StepConfig = StepConfig(), # the tricks
     ):
-        self.model, self.objective, self.beta, self.config = model, get_objective(objective), beta, config
+        self.model, self.objective, self.beta, self.config = (
+            model, get_objective(objective), beta, config)
         self.eps, self.step_size, self.steps = eps, step_size, steps
-        self.graphs:dict[tuple[torch.Size, torch.dtype], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {} # by shape and type of the images
+        self.graphs:dict[tuple[torch.Size, torch.dtype], # by shape and type of the images
+                         tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self.device_type, self.checked = next(model.parameters()).device.type, False
         self.exact_start = self.objective.attack == 'kl' and config.bf16 and config.exact_start
-        if config.graph and self.device_type != 'cuda': raise ValueError(f'graph=True needs a CUDA device; the model is on {self.device_type}')
+        if config.graph and self.device_type != 'cuda':
+            raise ValueError(f'graph=True needs a CUDA device; the model is on {self.device_type}')
         if config.channels_last: model.to(memory_format=torch.channels_last)
         self.exact:FrozenCopy|None = None # what is attacked, where the objective attacks
         self.fast:FrozenCopy|None = None
@@ -337,13 +376,16 @@ class TrainStep:
             clean = (exact if self.exact_start else fast)(x) if kind == 'kl' else None
             ascend = ascent_loss(kind, y, clean_logits=clean)
             if self.exact_start:
-                x_adv, value = pgd_loop(self._exact_logits, x, x_adv, ascend, eps=self.eps, step_size=self.step_size, steps=1)
+                x_adv, value = pgd_loop(self._exact_logits, x, x_adv, ascend,
+                                        eps=self.eps, step_size=self.step_size, steps=1)
                 steps, values = steps - 1, [value]
-        x_adv, value = pgd_loop(fast, x, x_adv, ascend, eps=self.eps, step_size=self.step_size, steps=steps)
-        return x_adv + 0*torch.cat([*values, value]).sum() # sign(NaN) is 0: a NaN in the attack must show in its images
+        x_adv, value = pgd_loop(fast, x, x_adv, ascend,
+                                eps=self.eps, step_size=self.step_size, steps=steps)
+        # sign(NaN) is 0: a NaN in the attack must show in its images
+        return x_adv + 0*torch.cat([*values, value]).sum()
 
     def _capture(self, *inputs:Tensor)->tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        "The attack as a CUDA graph over buffers of this shape: three rounds on a side stream to warm up, then the capture"
+        "The attack as a CUDA graph over such buffers, captured after three rounds on a side stream"
         buffers, device = [t.clone() for t in inputs], inputs[0].device
         with torch.cuda.device(device):
             side = torch.cuda.Stream(device)
@@ -361,7 +403,7 @@ class TrainStep:
         *,
         weighted:bool = True, # False during the burn-in of MAIL
         generator:torch.Generator|None = None, # of the attack's start
-        start:Tensor|None = None, # (B, C, H, W) where the attack begins; None: drawn as the objective says
+        start:Tensor|None = None, # (B, C, H, W) where to begin; None: drawn as the objective says
         x_adv:Tensor|None = None, # (B, C, H, W) attacked images; None: attack here
     )->Tensor: # (), the loss, detached
         "Attack, then back-propagate the objective; gradients are left in the parameters"
@@ -370,9 +412,11 @@ class TrainStep:
         self.model.train()
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         with exact_float32(not self.config.bf16):
-            with side_by_side(self.model, self.config.side_by_side), torch.autocast(self.device_type, torch.bfloat16, enabled=self.config.bf16):
+            with side_by_side(self.model, self.config.side_by_side), torch.autocast(
+                    self.device_type, torch.bfloat16, enabled=self.config.bf16):
                 logits = self.model(x.contiguous(memory_format=layout)) if o.needs_clean else None
-                logits_adv = self.model(x_adv.contiguous(memory_format=layout)) if o.needs_adv and x_adv is not None else None
+                logits_adv = (self.model(x_adv.contiguous(memory_format=layout))
+                              if o.needs_adv and x_adv is not None else None)
             loss = o.loss(logits, logits_adv, y, beta=self.beta, weighted=weighted)
             loss.backward()
         return loss.detach()
@@ -383,15 +427,19 @@ def machine_rates(
     dtype:torch.dtype = torch.float32, # arithmetic
     repeats:int = 8, # each kernel runs so often, or for a second; the fastest counts
 )->tuple[float, float]: # (operations, bytes) a second
-    "What the device reaches: operations of a matrix product or a 3×3 convolution, whichever is faster, and bytes of a copy"
+    "The device's best: operations of a matrix product or a 3×3 convolution, and bytes of a copy"
     size, bytes_copied = (1024, 2**26) if device == 'cpu' else (8192, 2**29)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    images = torch.randn(64, 128, 16, 16, device=device).to(dtype=dtype, memory_format=torch.channels_last)
-    conv = nn.Conv2d(128, 128, 3, padding=1, bias=False).to(device, dtype).to(memory_format=torch.channels_last)
+    images = torch.randn(64, 128, 16, 16, device=device).to(
+        dtype=dtype, memory_format=torch.channels_last)
+    conv = nn.Conv2d(128, 128, 3, padding=1, bias=False).to(device, dtype).to(
+        memory_format=torch.channels_last)
     source, target = (torch.empty(bytes_copied, dtype=torch.uint8, device=device) for _ in range(2))
     def best(work:Callable[[], object])->float:
         times = [timed(work, device)]
         while len(times) < repeats and sum(times) < 1: times.append(timed(work, device))
         return min(times)
-    with torch.no_grad(): rate = max(2*size**3/best(lambda: a @ b), 2*9*128*128*16*16*64/best(lambda: conv(images)))
+    with torch.no_grad():
+        rate = max(2*size**3/best(lambda: a @ b),
+                   2*9*128*128*16*16*64/best(lambda: conv(images)))
     return rate, 2*source.numel()/best(lambda: target.copy_(source))

@@ -26,7 +26,8 @@ def judge_images(
     model:nn.Module, # the judge: logits from images in [0, 1]
     data:ImageData, # N images
     batch_size:int = 500, # images at a time
-)->tuple[Tensor, Tensor]: # energies (N,) in nats, and which images are classified correctly, (N,) bool; on the CPU
+    # energies (N,) in nats, and which images are classified correctly, (N,) bool; on the CPU
+)->tuple[Tensor, Tensor]:
     "Marginal energy of every natural image, and whether the model is right about it"
     energy, correct = [], []
     with eval_mode(model), exact_float32():
@@ -47,20 +48,27 @@ def energy_subsets(
 )->dict[str, Tensor]: # I, C, H, L: (N,) bool, which images stay
     "The four data sets of supplement A.4"
     if energy.ndim != 1 or correct.shape != energy.shape or correct.dtype != torch.bool:
-        raise ValueError(f'energy must be (N,) and correct bool (N,), given {tuple(energy.shape)} and {correct.dtype} {tuple(correct.shape)}')
+        raise ValueError('energy must be (N,) and correct bool (N,), '
+                         f'given {tuple(energy.shape)} and {correct.dtype} {tuple(correct.shape)}')
     n, n_wrong, n_removed = len(energy), int((~correct).sum()), round(share*len(energy))
-    if not energy.isfinite().all(): raise ValueError(f'energy holds {int((~energy.isfinite()).sum())} values that are NaN or infinite')
+    if not energy.isfinite().all():
+        raise ValueError(f'energy holds {int((~energy.isfinite()).sum())} values '
+                         'that are NaN or infinite')
     if equal_sizes: n_removed = min(n_removed, n_wrong)
     n_drawn = n_removed if equal_sizes else n_wrong
     if not 0 < n_removed < n - n_wrong or n_drawn >= n - n_wrong:
-        raise ValueError(f'{n_removed} of {n} images (share = {share:g}) and {n_drawn} correct ones are to be removed, '
-                         f'but {n - n_wrong} are classified correctly and {n_wrong} are not: take a better judge or a '
-                         'share that leaves correct images')
+        raise ValueError(
+            f'{n_removed} of {n} images (share = {share:g}) and {n_drawn} correct ones are to be '
+            f'removed, but {n - n_wrong} are classified correctly and {n_wrong} are not: '
+            'take a better judge or a share that leaves correct images')
     generator = torch.Generator().manual_seed(seed)
     def draw(chosen:Tensor)->Tensor:
-        return chosen.nonzero().squeeze(1)[torch.randperm(int(chosen.sum()), generator=generator)][:n_drawn]
-    drawn, order, from_top = draw(correct), energy.argsort(stable=True), energy.argsort(descending=True, stable=True)
-    removed = dict(I=draw(~correct), C=drawn, H=from_top[correct[from_top]][:n_removed], L=order[:n_removed])
+        return chosen.nonzero().squeeze(1)[
+            torch.randperm(int(chosen.sum()), generator=generator)][:n_drawn]
+    drawn, order, from_top = (draw(correct), energy.argsort(stable=True),
+                              energy.argsort(descending=True, stable=True))
+    removed = dict(I=draw(~correct), C=drawn, H=from_top[correct[from_top]][:n_removed],
+                   L=order[:n_removed])
     kept = {name: torch.ones(n, dtype=torch.bool) for name in removed}
     for name, index in removed.items(): kept[name][index] = False
     return kept
@@ -81,22 +89,27 @@ def threshold_table(
     high:float, # lower bound of high energies
 )->list[dict[str, Any]]: # a row for high, low and the rest
     "Correctly and incorrectly classified images of high and of low energy: Table A"
-    rows = {f'high: E(x) > {high:.4f}': energy > high, f'low: E(x) <= {low:.4f}': energy <= low, 'between': (energy > low) & (energy <= high)}
-    return [{'images': name, 'correct': int((chosen & correct).sum()), 'incorrect': int((chosen & ~correct).sum())} for name, chosen in rows.items()]
+    rows = {f'high: E(x) > {high:.4f}': energy > high, f'low: E(x) <= {low:.4f}': energy <= low,
+            'between': (energy > low) & (energy <= high)}
+    return [{'images': name, 'correct': int((chosen & correct).sum()),
+             'incorrect': int((chosen & ~correct).sum())} for name, chosen in rows.items()]
 
 def subset_table(
     correct:Tensor, # (N,) bool
     kept:dict[str, Tensor], # of `energy_subsets`
 )->list[dict[str, Any]]: # a row for each set
     "Correctly and incorrectly classified images of each data set: Table B"
-    return [{'set': name, 'correct': int((k & correct).sum()), 'incorrect': int((k & ~correct).sum())} for name, k in kept.items()]
+    return [{'set': name, 'correct': int((k & correct).sum()),
+             'incorrect': int((k & ~correct).sum())} for name, k in kept.items()]
 
 # %% ../nbs/07_subsets.ipynb #e23b05e5
 def train_on(
     model:nn.Module, # to train, on its device: logits from images in [0, 1]
     train:ImageData, # images to train on
     test:ImageData, # images that are measured
-    config:TrainConfig, # objective, attack, schedule, seed, and the data set whose augmentation is used; what else it says of data and network is not read
+    # objective, attack, schedule, seed, and the data set whose augmentation is used;
+    # what else it says of data and network is not read
+    config:TrainConfig,
     *,
     eval_steps:int = 20, # PGD steps of the measurement, each eps/4 long (the paper's ratio)
     eval_every:int = 1, # epochs between measurements; the last epoch is always measured
@@ -105,13 +118,19 @@ def train_on(
 )->list[dict[str, float]]: # a measured epoch's metrics a row: epoch, loss and those of `summarise`
     "Adversarial training on given images, measured on given images as it goes"
     device, history = next(model.parameters()).device, []
-    if config.aux_fraction: raise ValueError(f'aux_fraction = {config.aux_fraction:g} is not allowed: train_on has the images that it is given; mix synthesised ones into them, or use fit')
-    if len(train) < config.batch_size: raise ValueError(f'batch_size = {config.batch_size} is not allowed: there are only {len(train)} training images')
+    if config.aux_fraction:
+        raise ValueError(f'aux_fraction = {config.aux_fraction:g} is not allowed: train_on has '
+                         'the images that it is given; mix synthesised ones into them, or use fit')
+    if len(train) < config.batch_size:
+        raise ValueError(f'batch_size = {config.batch_size} is not allowed: '
+                         f'there are only {len(train)} training images')
     step, optimizer = training_step(model, config)
     train, test = train.to(device), test.to(device)
     for epoch in range(1, config.epochs + 1):
-        loss = train_epoch(model, step, optimizer, train, epoch, config, augmented=augmented, progress=progress)
+        loss = train_epoch(model, step, optimizer, train, epoch, config,
+                           augmented=augmented, progress=progress)
         if epoch % eval_every and epoch < config.epochs: continue
-        measured = measure_energies(model, test, eps=config.eps, step_size=config.eps/4, steps=eval_steps, seed=config.seed)
+        measured = measure_energies(model, test, eps=config.eps, step_size=config.eps/4,
+                                    steps=eval_steps, seed=config.seed)
         history.append(dict(epoch=epoch, loss=loss, **summarise(measured)))
     return history

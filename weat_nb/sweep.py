@@ -43,17 +43,24 @@ def _prepare(run:Run)->None:
     "What the run's process has to know; what an earlier process said of its failure is forgotten"
     stages = []
     for s in run.stages:
-        own = {'run_dir': str(s.run_dir(run.folder))} if 'run_dir' in notebook_parameters(s.notebook) else {}
-        stages.append(dict(notebook=str(s.notebook), output=str(s.output(run.folder)), parameters={**s.given, **own}, key=s.key()))
-    write_text(run.folder/'job.json', json.dumps(dict(cwd=os.getcwd(), stages=stages), indent=1) + '\n')
-    write_text(run.folder/'status.json', json.dumps(dict(done=_status(run.folder).get('done', []))) + '\n')
+        own = ({'run_dir': str(s.run_dir(run.folder))}
+               if 'run_dir' in notebook_parameters(s.notebook) else {})
+        stages.append(dict(notebook=str(s.notebook), output=str(s.output(run.folder)),
+                           parameters={**s.given, **own}, key=s.key()))
+    write_text(run.folder/'job.json',
+               json.dumps(dict(cwd=os.getcwd(), stages=stages), indent=1) + '\n')
+    write_text(run.folder/'status.json',
+               json.dumps(dict(done=_status(run.folder).get('done', []))) + '\n')
 
 # %% ../nbs/parts/sweep.ipynb #59727385
 def _papermill(stage:dict[str, Any], cwd:str, tries:int = 5)->None:
-    "Kernels that start at once may choose the same port; the one that comes second dies before its first cell and is started again"
+    "Of kernels started at once one may find its port taken and die before its first cell; retry it"
     import papermill
     for left in reversed(range(tries)):
-        try: return papermill.execute_notebook(stage['notebook'], stage['output'], stage['parameters'], cwd=cwd, progress_bar=False, start_timeout=300)
+        try:
+            return papermill.execute_notebook(
+                stage['notebook'], stage['output'], stage['parameters'], cwd=cwd,
+                progress_bar=False, start_timeout=300)
         except RuntimeError as e:
             if not left or 'before replying' not in str(e): raise
 
@@ -64,14 +71,17 @@ def execute(
     import papermill
     folder = Path(folder)
     with lock_run(folder):
-        job, done = json.loads((folder/'job.json').read_text(encoding='utf-8')), _status(folder).get('done', [])
+        job, done = (json.loads((folder/'job.json').read_text(encoding='utf-8')),
+                     _status(folder).get('done', []))
         keys = [s['key'] for s in job['stages']]
-        done = done if done == keys[:len(done)] else [] # an evaluation that was added later leaves the training done
+        # an evaluation that was added later leaves the training done
+        done = done if done == keys[:len(done)] else []
         for stage in job['stages'][len(done):]:
             try: _papermill(stage, job['cwd'])
             except papermill.PapermillExecutionError as e:
                 error = f'{e.ename}: {e.evalue}'.strip().splitlines()[-1]
-                write_text(folder/'status.json', json.dumps(dict(done=done, error=error, notebook=stage['output'])) + '\n')
+                write_text(folder/'status.json', json.dumps(
+                    dict(done=done, error=error, notebook=stage['output'])) + '\n')
                 raise SystemExit(1) from e
             done = [*done, stage['key']]
             write_text(folder/'status.json', json.dumps(dict(done=done)) + '\n')
@@ -83,20 +93,25 @@ def failure(
     if finished(run): return None
     status, log = _status(run.folder), run.folder/'log.txt'
     if 'error' in status: return status['notebook'], status['error']
-    lines = [line for line in log.read_text(encoding='utf-8', errors='replace').splitlines() if line.strip()] if log.exists() else []
-    return str(log), f'the process ended without a result; its last words: {lines[-1].strip() if lines else "none"}'
+    lines = [line for line in log.read_text(encoding='utf-8', errors='replace').splitlines()
+             if line.strip()] if log.exists() else []
+    return str(log), ('the process ended without a result; its last words: '
+                      f'{lines[-1].strip() if lines else "none"}')
 
 # %% ../nbs/parts/sweep.ipynb #8cb7d218
 def _tie()->None:
-    "In the new process: SIGUSR2 (Slurm's time is up) is not for it; on Linux it ends with the process that started it, however that ends"
+    "In a child: ignore SIGUSR2 (Slurm's time is up); on Linux end with the parent, however it ends"
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGTERM) # PR_SET_PDEATHSIG
 
 def _start(folder:str|Path, env:dict[str, str])->subprocess.Popen:
     "The process of a run, in a session of its own: Ctrl-C is the sweep's to pass on"
     with open(Path(folder)/'log.txt', 'ab') as log:
-        return subprocess.Popen([sys.executable, '-c', 'import sys; from weat_nb.sweep import execute; execute(sys.argv[1])', str(folder)], env=env, stdin=subprocess.DEVNULL,
-                                stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_tie)
+        return subprocess.Popen(
+            [sys.executable, '-c',
+             'import sys; from weat_nb.sweep import execute; execute(sys.argv[1])', str(folder)],
+            env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True, preexec_fn=_tie)
 
 def _stop(processes:list[subprocess.Popen], patience:float = 15.)->None:
     "Ask the processes to end, and end those that do not"
@@ -104,7 +119,8 @@ def _stop(processes:list[subprocess.Popen], patience:float = 15.)->None:
         for p in processes:
             if p.poll() is None: os.killpg(p.pid, how)
         deadline = time.monotonic() + patience
-        while time.monotonic() < deadline and any(p.poll() is None for p in processes): time.sleep(.05)
+        while time.monotonic() < deadline and any(p.poll() is None for p in processes):
+            time.sleep(.05)
 
 # %% ../nbs/parts/sweep.ipynb #a9c2d0d2
 def share(
@@ -114,12 +130,15 @@ def share(
     gpus:Sequence[str] = (), # that there are
 )->dict[str, str]: # the environment of the process
     "A process's share of the machine"
-    env = {n: str(max(1, cores//jobs)) for n in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')} | dict(os.environ)
-    return {**env, 'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]} if jobs > 1 and len(gpus) > 1 else env
+    env = ({n: str(max(1, cores//jobs)) for n in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+           | dict(os.environ))
+    return ({**env, 'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]}
+            if jobs > 1 and len(gpus) > 1 else env)
 
 # %% ../nbs/parts/sweep.ipynb #ab241179
 def _gpus()->list[str]:
-    if 'CUDA_VISIBLE_DEVICES' in os.environ: return [g for g in os.environ['CUDA_VISIBLE_DEVICES'].split(',') if g]
+    if 'CUDA_VISIBLE_DEVICES' in os.environ:
+        return [g for g in os.environ['CUDA_VISIBLE_DEVICES'].split(',') if g]
     import torch
     return [str(i) for i in range(torch.cuda.device_count())]
 
@@ -129,14 +148,18 @@ def run_local(
     report:Callable[[Run], None], # called when a run has ended
 )->None:
     "Run in processes of this machine"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+             else os.cpu_count() or 1)
     waiting, gpus = list(runs), _gpus() if jobs > 1 else []
     running:dict[int, tuple[Run, subprocess.Popen]] = {} # by slot
     try:
         while waiting or running:
             for slot in range(jobs):
-                if slot in running and running[slot][1].poll() is not None: report(running.pop(slot)[0])
-                if slot not in running and waiting: running[slot] = (waiting[0], _start(waiting.pop(0).folder, share(slot, jobs, cores, gpus)))
+                if slot in running and running[slot][1].poll() is not None:
+                    report(running.pop(slot)[0])
+                if slot not in running and waiting:
+                    running[slot] = (waiting[0],
+                                     _start(waiting.pop(0).folder, share(slot, jobs, cores, gpus)))
             time.sleep(.1)
     finally: _stop([p for _, p in running.values()])
 
@@ -146,7 +169,8 @@ LOOK = 15. # seconds between two looks at the queue
 class _SlurmRun:
     "What runs on the node: the same process as in a local sweep"
     def __call__(self, folder:str)->None:
-        env = share(0, 1, int(os.environ.get('SLURM_CPUS_PER_TASK') or os.environ.get('SLURM_CPUS_ON_NODE') or 1))
+        env = share(0, 1, int(os.environ.get('SLURM_CPUS_PER_TASK')
+                              or os.environ.get('SLURM_CPUS_ON_NODE') or 1))
         process = _start(folder, env)
         try: process.wait()
         finally: _stop([process])
@@ -158,7 +182,8 @@ class _SlurmRun:
 
 def _in_queue()->set[str]|None:
     "Ids of this user's jobs that wait or run; None where Slurm does not answer"
-    found = subprocess.run(['squeue', '--me', '-h', '-r', '-o', '%i'], capture_output=True, text=True)
+    found = subprocess.run(['squeue', '--me', '-h', '-r', '-o', '%i'],
+                           capture_output=True, text=True)
     return set(found.stdout.split()) if found.returncode == 0 else None
 
 def run_slurm(
@@ -170,12 +195,16 @@ def run_slurm(
     "Run as a job array of a Slurm cluster"
     from submitit import SlurmExecutor
     executor = SlurmExecutor(runs[0].folder.parent/'slurm')
-    executor.update_parameters(**{'job_name': 'weat-sweep', 'time': 24*60, **({'array_parallelism': jobs} if jobs else {}), **options})
-    noted = lambda run: (run.folder/'slurm_job').read_text() if (run.folder/'slurm_job').exists() else ''
+    executor.update_parameters(**{'job_name': 'weat-sweep', 'time': 24*60,
+                                  **({'array_parallelism': jobs} if jobs else {}), **options})
+    noted = lambda run: ((run.folder/'slurm_job').read_text()
+                         if (run.folder/'slurm_job').exists() else '')
     queue = _in_queue()
-    if queue is None: raise RuntimeError('squeue does not answer: is this a machine of a Slurm cluster?')
+    if queue is None:
+        raise RuntimeError('squeue does not answer: is this a machine of a Slurm cluster?')
     new = [run for run in runs if noted(run) not in queue]
-    with executor.batch(): submitted = [executor.submit(_SlurmRun(), str(run.folder)) for run in new]
+    with executor.batch():
+        submitted = [executor.submit(_SlurmRun(), str(run.folder)) for run in new]
     for run, job in zip(new, submitted): write_text(run.folder/'slurm_job', job.job_id)
     ids = {noted(run): run for run in runs}
     try:
@@ -184,7 +213,8 @@ def run_slurm(
             time.sleep(min(1., LOOK))
             gone = {i for i, run in ids.items() if finished(run) or 'error' in _status(run.folder)}
             if time.monotonic() - looked > LOOK and (queue := _in_queue()) is not None:
-                gone |= {i for i in ids if i not in queue and i in missed} # twice, since a shared folder may lag behind the queue
+                # twice, since a shared folder may lag behind the queue
+                gone |= {i for i in ids if i not in queue and i in missed}
                 looked, missed = time.monotonic(), set(ids) - queue
             for i in gone: report(ids.pop(i))
     except BaseException:
@@ -198,14 +228,18 @@ def scores(
     "What a run reached, from its metrics and its evaluation records"
     found:dict[str, Any] = {}
     for file in sorted(folder.glob('*/metrics.jsonl')):
-        config, history = file.with_name('config.json'), [row for row in read_lines(file) if 'pgd' in row]
+        config, history = (file.with_name('config.json'),
+                           [row for row in read_lines(file) if 'pgd' in row])
         if not history: continue
-        best = best_row(history, json.loads(config.read_text(encoding='utf-8')).get('objective') if config.exists() else None)
-        found |= {'selected epoch': best['epoch'], 'held-out clean (%)': best['clean'], 'held-out PGD-20 (%)': best['pgd']}
+        best = best_row(history, json.loads(config.read_text(encoding='utf-8')).get('objective')
+                                 if config.exists() else None)
+        found |= {'selected epoch': best['epoch'], 'held-out clean (%)': best['clean'],
+                  'held-out PGD-20 (%)': best['pgd']}
     for file in sorted(folder.glob('*/*.json')):
         record = json.loads(file.read_text(encoding='utf-8'))
         if not isinstance(record, dict) or 'results' not in record: continue
-        found |= {f"{r['attack']} (%), {r['num_images']} images": r['accuracy'] for r in record['results']}
+        found |= {f"{r['attack']} (%), {r['num_images']} images": r['accuracy']
+                  for r in record['results']}
     return found
 
 def summarise_sweep(
@@ -215,8 +249,10 @@ def summarise_sweep(
     rows = []
     for run in runs:
         why, first = failure(run), run.stages[0]
-        state = 'finished' if why is None else 'failed' if 'error' in _status(run.folder) else 'not finished'
-        rows.append({**{k: v for k, v in first.given.items() if k not in PLACE}, 'state': state, **scores(run.folder), 'run': run.folder.name})
+        state = ('finished' if why is None else 'failed' if 'error' in _status(run.folder)
+                 else 'not finished')
+        rows.append({**{k: v for k, v in first.given.items() if k not in PLACE}, 'state': state,
+                     **scores(run.folder), 'run': run.folder.name})
     return rows
 
 # %% ../nbs/parts/sweep.ipynb #e1ffd760
@@ -224,7 +260,8 @@ def _write_summary(runs:list[Run])->str:
     "Write the table beside the runs; gives it as Markdown"
     from weat_nb.plots import Table
     rows, folder, text = summarise_sweep(runs), runs[0].folder.parent, StringIO()
-    table = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator='\n')
+    table = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)),
+                           lineterminator='\n')
     table.writeheader()
     table.writerows(rows)
     write_text(folder/'summary.csv', text.getvalue())
@@ -240,7 +277,8 @@ def collect_records(
     for run in filter(finished, runs):
         for file in run.folder.glob('*/record.json'):
             record = json.loads(file.read_text(encoding='utf-8'))
-            record['model']['name'] = run.folder.name # all checkpoints of a sweep have the same name
+            # all checkpoints of a sweep have the same name
+            record['model']['name'] = run.folder.name
             write_text(folder/f'{run.folder.name}.json', json.dumps(record, indent=1) + '\n')
 
 def rebuild_page(
@@ -250,33 +288,47 @@ def rebuild_page(
     from nbclient import NotebookClient
     import nbformat
     nb = nbformat.read(page, as_version=4)
-    NotebookClient(nb, timeout=None, record_timing=False, resources={'metadata': {'path': str(page.parent)}}).execute()
+    NotebookClient(nb, timeout=None, record_timing=False,
+                   resources={'metadata': {'path': str(page.parent)}}).execute()
     for cell in nb.cells:
         if cell.cell_type != 'code': continue
         cell.execution_count = None
         for output in cell.outputs:
             if 'execution_count' in output: output.execution_count = None
-    nb.metadata.pop('language_info', None) # the kernel's version would differ from machine to machine
+    nb.metadata.pop('language_info', None) # the kernel's version would differ between machines
     write_text(page, nbformat.writes(nb) + '\n')
 
 # %% ../nbs/parts/sweep.ipynb #f4c60dd5
 def _parser()->argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='weat-sweep', description='Run a grid of notebooks; runs that are finished are skipped')
+    parser = argparse.ArgumentParser(
+        prog='weat-sweep',
+        description='Run a grid of notebooks; runs that are finished are skipped')
     parser.add_argument('grid', type=Path, help='YAML file with notebook, parameters and grid')
-    parser.add_argument('--out', type=Path, help='folder of the sweep (runs/ and the name of the grid)')
-    parser.add_argument('--jobs', type=int, help='runs at once (1; with --slurm as many as it allows)')
-    parser.add_argument('--slurm', nargs='*', metavar='KEY=VALUE', help='run on Slurm, with these options of sbatch, for example partition=gpu time=720')
-    parser.add_argument('--dry-run', action='store_true', help='list the runs and their state, start nothing')
+    parser.add_argument('--out', type=Path,
+                        help='folder of the sweep (runs/ and the name of the grid)')
+    parser.add_argument('--jobs', type=int,
+                        help='runs at once (1; with --slurm as many as it allows)')
+    parser.add_argument('--slurm', nargs='*', metavar='KEY=VALUE',
+                        help='run on Slurm, with these options of sbatch, '
+                             'for example partition=gpu time=720')
+    parser.add_argument('--dry-run', action='store_true',
+                        help='list the runs and their state, start nothing')
     return parser
 
 def _check_command(args:argparse.Namespace)->dict[str, Any]:
     "Options for Slurm; what is missing or wrong is an error"
-    missing = [m for m in ('yaml', 'papermill', 'ipykernel', *(['submitit'] if args.slurm is not None else [])) if importlib.util.find_spec(m) is None]
-    if missing: raise ValueError(f"weat-sweep needs {', '.join(missing)}: pip install 'weat_nb[sweep]'")
-    if args.jobs is not None and args.jobs < 1: raise ValueError(f'--jobs {args.jobs} is not allowed: at least 1')
+    missing = [m for m in ('yaml', 'papermill', 'ipykernel',
+                           *(['submitit'] if args.slurm is not None else []))
+               if importlib.util.find_spec(m) is None]
+    if missing:
+        raise ValueError(f"weat-sweep needs {', '.join(missing)}: pip install 'weat_nb[sweep]'")
+    if args.jobs is not None and args.jobs < 1:
+        raise ValueError(f'--jobs {args.jobs} is not allowed: at least 1')
     pairs = [option.partition('=') for option in args.slurm or []]
     for key, equals, _ in pairs:
-        if not equals: raise ValueError(f'--slurm {key} is not allowed: write KEY=VALUE, for example partition=gpu')
+        if not equals:
+            raise ValueError(f'--slurm {key} is not allowed: write KEY=VALUE, '
+                             'for example partition=gpu')
     return {k: int(v) if v.isdigit() else v for k, _, v in pairs}
 
 # %% ../nbs/parts/sweep.ipynb #8f8fab49
@@ -292,8 +344,10 @@ def run_sweep(
         if failure(run): failed.append(run)
         progress.step(f'runs ({len(failed)} failed)' if failed else None)
     for run in todo: _prepare(run)
-    main_thread = threading.current_thread() is threading.main_thread() # only there can signals be handled
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None # asked to end, it stops its children as with Ctrl-C
+    # only in the main thread can signals be handled
+    main_thread = threading.current_thread() is threading.main_thread()
+    # asked to end, it stops its children as with Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
     try:
         if todo and slurm is not None: run_slurm(todo, jobs, report, slurm)
         elif todo: run_local(todo, jobs or 1, report)
@@ -305,7 +359,8 @@ def run_sweep(
 
 def main(
     argv:list[str]|None = None, # arguments; None: those of the command line
-)->int: # 0: all runs are finished; 1: some failed; 2: the file or the command is wrong; 130: stopped
+    # 0: all runs are finished; 1: some failed; 2: the file or the command is wrong; 130: stopped
+)->int:
     "The command `weat-sweep`"
     args = _parser().parse_args(argv)
     try:
@@ -313,7 +368,9 @@ def main(
         grid = read_grid(args.grid, args.out)
         runs = grid.runs
         if args.dry_run:
-            for run in runs: print('finished' if finished(run) else 'to run  ', run.folder.name, json.dumps(run.stages[0].given))
+            for run in runs:
+                print('finished' if finished(run) else 'to run  ', run.folder.name,
+                      json.dumps(run.stages[0].given))
             return 0
         failed = run_sweep(runs, args.jobs, options if args.slurm is not None else None)
     except (ValueError, OSError, RuntimeError) as e:
@@ -327,6 +384,8 @@ def main(
     if grid.records: collect_records(runs, grid.records)
     for page in grid.pages:
         try: rebuild_page(page)
-        except Exception as e: wrong.append((page.name, str(page), str(e).strip().splitlines()[-1])) # whatever a notebook raises
-    for name, notebook, error in wrong: print(f'failed: {name}\n  {notebook}\n  {error}', file=sys.stderr)
+        except Exception as e: # whatever a notebook raises
+            wrong.append((page.name, str(page), str(e).strip().splitlines()[-1]))
+    for name, notebook, error in wrong:
+        print(f'failed: {name}\n  {notebook}\n  {error}', file=sys.stderr)
     return int(bool(wrong))

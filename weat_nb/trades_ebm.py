@@ -19,10 +19,12 @@ from .energy import delta_energy, joint_energy, marginal_energy
 def kl_energy_terms(
     logits:Tensor, # (B, K) logits of the natural images x
     logits_adv:Tensor, # (B, K) logits of the adversarial images x*, same order
-)->tuple[Tensor, Tensor]: # (conditional, marginal), each (B,) in nats; their sum is KL(p(y|x) || p(y|x*))
+    # (conditional, marginal), each (B,) in nats; their sum is KL(p(y|x) || p(y|x*))
+)->tuple[Tensor, Tensor]:
     "The two energy terms of the KL divergence, of either sign each (Proposition 1, Eq. 2)"
     marginal = delta_energy(logits, logits_adv)
-    z, z_adv = logits.to(marginal.dtype), logits_adv.to(marginal.dtype) # half precision is summed in float32
+    # half precision is summed in float32
+    z, z_adv = logits.to(marginal.dtype), logits_adv.to(marginal.dtype)
     conditional = (z.softmax(dim=1)*(z - z_adv)).sum(dim=1)
     return conditional, marginal
 
@@ -31,11 +33,12 @@ def trades_energy(
     logits:Tensor, # (B, K) logits of the natural images x
     logits_adv:Tensor, # (B, K) logits of the adversarial images x*, same order
     y:Tensor, # (B,) int64 class indices in 0..K-1
-    beta:float, # weight of the divergence, >= 0; 0 is plain cross-entropy, the paper trains with 6 and 7
+    beta:float, # weight of the divergence, >= 0; 0 is plain cross-entropy, the paper uses 6 and 7
 )->Tensor: # (B,) the TRADES loss of each image, in nats
     "The TRADES loss written in energies only (Corollary 1, Eq. 5)"
     if not isinstance(beta, Real) or not 0 <= beta < math.inf:
-        raise ValueError(f'beta must be a finite number >= 0, given {beta!r}; the paper uses 6 or 7')
+        raise ValueError(f'beta must be a finite number >= 0, given {beta!r}; '
+                         'the paper uses 6 or 7')
     conditional, _ = kl_energy_terms(logits, logits_adv) # E_p[E(x*, k) - E(x, k)]
     return (joint_energy(logits, y) + (beta - 1)*marginal_energy(logits)
             - beta*(marginal_energy(logits_adv) - conditional))

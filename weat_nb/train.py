@@ -30,26 +30,32 @@ from torch import Tensor, nn
 
 from . import __version__
 from .attacks import pgd, starting_point
-from .checkpoints import CheckpointError, file_sha256, load_checkpoint, load_tensors, save_checkpoint, save_tensors
-from .data import DATASETS, ImageData, augment, batches, load_dataset, load_images, split_holdout, to_float
-from .distributed import all_mean, barrier, check_launch, data_parallel, is_main, launch, my_share, synchronise_batchnorm, world_size
+from .checkpoints import (CheckpointError, file_sha256, load_checkpoint, load_tensors,
+                                 save_checkpoint, save_tensors)
+from .data import (DATASETS, ImageData, augment, batches, load_dataset, load_images,
+                          split_holdout, to_float)
+from .distributed import (all_mean, barrier, check_launch, data_parallel, is_main, launch,
+                                 my_share, synchronise_batchnorm, world_size)
 from .energy import delta_energy, energy_weight, joint_energy, marginal_energy
 from .guards import eval_mode
 from .losses import OBJECTIVES
 from .models import ARCHS, create_model
 from .params import check_params, param, resolve_device
 from .runs import Progress, best_row, lock_run, open_run, read_lines, write_lines
-from .step import FrozenCopy, StepConfig, TrainStep, check_compiler, exact_float32, forward_cost, forward_passes
+from .step import (FrozenCopy, StepConfig, TrainStep, check_compiler, exact_float32,
+                          forward_cost, forward_passes)
 
 # %% ../nbs/04_train_weat.ipynb #fa3ce0a4
-_PAPER = dict(arch='resnet18', epochs=100, eps=8/255, step_size=2/255, attack_steps=10, batch_size=128, lr=.1, weight_decay=5e-4, num_val=1000)
+_PAPER = dict(arch='resnet18', epochs=100, eps=8/255, step_size=2/255, attack_steps=10,
+              batch_size=128, lr=.1, weight_decay=5e-4, num_val=1000)
 PROTOCOLS:dict[str, dict[str, Any]] = {
     'cifar10': _PAPER,
     'cifar100': _PAPER,
     'svhn': {**_PAPER, 'epochs': 30, 'step_size': 1/255},
     'tiny_imagenet': _PAPER,
     'fashion_mnist': {**_PAPER, 'epochs': 30, 'eps': .1, 'step_size': .02},
-    'fashion_mini': {**_PAPER, 'arch': 'resnet8', 'epochs': 3, 'eps': .1, 'step_size': .03, 'attack_steps': 5, 'batch_size': 32, 'num_val': 500},
+    'fashion_mini': {**_PAPER, 'arch': 'resnet8', 'epochs': 3, 'eps': .1, 'step_size': .03,
+                     'attack_steps': 5, 'batch_size': 32, 'num_val': 500},
 }
 BETAS = {('cifar100', 'weat_adv'): 7.} # where A.3 departs from the method's default
 
@@ -62,8 +68,9 @@ def from_protocol(
     if missing := [name for name, value in given.items() if value is None and name not in row]:
         names = ' and '.join(', '.join(missing).rsplit(', ', 1))
         radii = ' (in pixel units: 8/255, not 8)' if {'eps', 'step_size'} & {*missing} else ''
-        raise ValueError(f'the data set {dataset!r} has {"an incomplete" if row else "no"} protocol: '
-                         f'give {names}{radii}, or add a row to PROTOCOLS, which has {", ".join(PROTOCOLS)}')
+        raise ValueError(f'the data set {dataset!r} has {"an incomplete" if row else "no"} '
+                         f'protocol: give {names}{radii}, or add a row to PROTOCOLS, '
+                         f'which has {", ".join(PROTOCOLS)}')
     return {name: row[name] if value is None else value for name, value in given.items()}
 
 # %% ../nbs/04_train_weat.ipynb #22909f74
@@ -72,8 +79,9 @@ class TrainConfig:
     "One training run: what is trained on what, how, and from which seed"
     dataset:str = param(str, 'training data', default='fashion_mini', choices=DATASETS)
     objective:str = param(str, 'training objective', default='weat_adv', choices=OBJECTIVES)
-    beta:float|None = param(float, 'weight of the second term', low=0) # stays None where the objective has one term
-    # A parameter may be None and then takes the protocol's value; the field read from a config is never None.
+    # stays None where the objective has one term
+    beta:float|None = param(float, 'weight of the second term', low=0)
+    # A parameter may be None and then takes the protocol's value; a config's field is never None.
     arch:str = param(str, 'network', choices=ARCHS)
     epochs:int = param(int, 'passes over the training images', low=1)
     eps:float = param(float, 'radius of the l-inf ball, pixels in [0, 1]', above=0, high=1)
@@ -83,35 +91,42 @@ class TrainConfig:
     lr:float = param(float, 'maximum learning rate', above=0)
     weight_decay:float = param(float, 'weight decay of SGD', low=0)
     seed:int = param(int, 'seed of all randomness', default=0, low=0, high=2**31 - 1)
-    device:str = param(str, 'where to compute', default='auto', choices=('auto', 'cuda', 'mps', 'cpu'))
+    device:str = param(str, 'where to compute', default='auto',
+                       choices=('auto', 'cuda', 'mps', 'cpu'))
     precision:str = param(str, 'arithmetic of training', choices=('float32', 'bf16'))
     compile:bool = param(bool, 'compile the network that is attacked', default=False)
     root:str|None = param(str, 'folder of the data sets', path='new folder')
     aux_data:str|None = param(str, '.npz of synthesised images')
-    aux_fraction:float = param(float, 'share of each batch drawn from aux_data', default=0., low=0, high=.95)
+    aux_fraction:float = param(float, 'share of each batch drawn from aux_data', default=0.,
+                               low=0, high=.95)
     num_train:int|None = param(int, 'training images to use', low=2) # None: all
     num_val:int = param(int, 'held-out images that select the model', low=1)
-    sync_batchnorm:bool = param(bool, 'with several processes: normalise over the batches of all', default=True)
+    sync_batchnorm:bool = param(bool, 'with several processes: normalise over the batches of all',
+                                default=True)
     protocol:str = param(str, 'whom to follow where they differ: paper or released code',
                          default='paper', choices=('paper', 'released'))
 
     def __post_init__(self)->None:
         check_params(self)
         if self.released and not self.aux_data and self.num_val is None:
-            raise ValueError("protocol = 'released' needs aux_data: the authors train on all images and select the "
-                             'model on synthesised ones. Give aux_data, an .npz of image and label, or num_val '
-                             'to hold out training images all the same')
+            raise ValueError("protocol = 'released' needs aux_data: the authors train on all "
+                             'images and select the model on synthesised ones. Give aux_data, '
+                             'an .npz of image and label, or num_val to hold out training images '
+                             'all the same')
         defaults = from_protocol(self.dataset, {name: getattr(self, name) for name in _PAPER})
         beta = OBJECTIVES[self.objective].beta
         defaults['beta'] = BETAS.get((self.dataset, self.objective), beta)
         if defaults['beta'] is None and self.beta is not None:
             with_beta = [name for name, o in OBJECTIVES.items() if o.beta is not None]
-            raise ValueError(f'beta = {self.beta:g} is not allowed: {self.objective} has no second term to weight. '
+            raise ValueError(f'beta = {self.beta:g} is not allowed: {self.objective} has no '
+                             'second term to weight. '
                              f'Leave beta out, or take one of {", ".join(with_beta)}')
         if self.aux_fraction and not self.aux_data:
-            raise ValueError(f'aux_fraction = {self.aux_fraction:g} needs aux_data, an .npz file of synthesised images')
+            raise ValueError(f'aux_fraction = {self.aux_fraction:g} needs aux_data, '
+                             'an .npz file of synthesised images')
         if self.aux_data: object.__setattr__(self, 'aux_data', os.path.expanduser(self.aux_data))
-        if self.aux_data and not Path(self.aux_data).is_file(): raise FileNotFoundError(f'aux_data = {self.aux_data!r}: there is no such file')
+        if self.aux_data and not Path(self.aux_data).is_file():
+            raise FileNotFoundError(f'aux_data = {self.aux_data!r}: there is no such file')
         object.__setattr__(self, 'device', resolve_device(self.device))
         if self.compile: check_compiler(self.device)
         bf16 = self.device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -119,7 +134,9 @@ class TrainConfig:
         for name, value in defaults.items():
             if getattr(self, name) is None: object.__setattr__(self, name, value)
         if self.aux_fraction and not 1 <= self.aux_images() < self.batch_size:
-            raise ValueError(f'aux_fraction = {self.aux_fraction:g} is not allowed: of a batch of {self.batch_size} it makes {self.aux_images()} synthesised images; at least 1 image of each kind is needed')
+            raise ValueError(f'aux_fraction = {self.aux_fraction:g} is not allowed: '
+                             f'of a batch of {self.batch_size} it makes {self.aux_images()} '
+                             'synthesised images; at least 1 image of each kind is needed')
 
     @property
     def released(self)->bool:
@@ -136,13 +153,16 @@ class TrainConfig:
         return dict(eps=self.eps, step_size=step_size, seed=self.seed)
 
     def identity(self)->dict[str, Any]:
-        "What makes two runs the same run: every field but where the data lie, where it is computed and whether a compiler helps"
-        own = {f.name: getattr(self, f.name) for f in fields(TrainConfig) if f.name not in ('root', 'device', 'compile')}
+        "What makes two runs the same run: every field but `root`, `device` and `compile`"
+        own = {f.name: getattr(self, f.name) for f in fields(TrainConfig)
+               if f.name not in ('root', 'device', 'compile')}
         if not self.released: del own['protocol'] # the default adds nothing to a run's name
-        return {**own, 'aux_data': self.aux_data and f'sha256:{_sha256(self.aux_data, os.stat(self.aux_data).st_mtime_ns)}'} # the images, wherever the file lies
+        # the images, wherever the file lies
+        return {**own, 'aux_data': self.aux_data and
+                f'sha256:{_sha256(self.aux_data, os.stat(self.aux_data).st_mtime_ns)}'}
 
 @lru_cache
-def _sha256(path:str, changed:int)->str: return file_sha256(path) # of the file as it was at that time
+def _sha256(path:str, changed:int)->str: return file_sha256(path) # of the file as it was then
 
 # %% ../nbs/04_train_weat.ipynb #17c40ae3
 def _one_cycle_height(update:int, total:int, warm:float)->tuple[float, bool]:
@@ -184,7 +204,9 @@ def measure_energies(
     seed:int = 0, # seed of the attack's start
     batch_size:int = 500, # images at a time; fewer where the device's memory is too small for them
     progress:Progress|None = None, # steps once a batch
-)->dict[str, Tensor]: # (N,) each, on the CPU: correct_nat, correct_adv, energy_nat, energy_adv, joint_nat, joint_adv, delta
+    # (N,) each, on the CPU: correct_nat, correct_adv, energy_nat, energy_adv, joint_nat,
+    # joint_adv, delta
+)->dict[str, Tensor]:
     "Correctness and energies of natural images and of their PGD versions"
     device, found, part = next(model.parameters()).device, [], batch_size
     generator, frozen = torch.Generator(device).manual_seed(seed), FrozenCopy(model)
@@ -192,7 +214,8 @@ def measure_energies(
     def measure(x:Tensor, y:Tensor, start:Tensor)->dict[str, Tensor]:
         x_adv = pgd(frozen, x, y, eps=eps, step_size=step_size, steps=steps, start=start)
         logits, logits_adv = model(x).float(), model(x_adv).float()
-        return dict(correct_nat=(logits.argmax(1) == y).float(), correct_adv=(logits_adv.argmax(1) == y).float(),
+        return dict(correct_nat=(logits.argmax(1) == y).float(),
+                    correct_adv=(logits_adv.argmax(1) == y).float(),
                     energy_nat=marginal_energy(logits), energy_adv=marginal_energy(logits_adv),
                     joint_nat=joint_energy(logits, y), joint_adv=joint_energy(logits_adv, y),
                     delta=delta_energy(logits, logits_adv))
@@ -200,9 +223,13 @@ def measure_energies(
         for x, y in batches(data.to(device), batch_size):
             start, measured = starting_point(x, eps, generator=generator), None
             while measured is None:
-                try: measured = [measure(*few) for few in zip(x.split(part), y.split(part), start.split(part))]
+                try:
+                    measured = [measure(*few)
+                                for few in zip(x.split(part), y.split(part), start.split(part))]
                 except torch.OutOfMemoryError as e:
-                    if part == 1: raise MemoryError(f'one image does not fit into the memory of {device}: is another program using it?') from e
+                    if part == 1:
+                        raise MemoryError(f'one image does not fit into the memory of {device}: '
+                                          'is another program using it?') from e
                     part = -(-min(part, len(x))//2)
             found += measured
             if progress: progress.step()
@@ -210,33 +237,43 @@ def measure_energies(
 
 def summarise(
     measured:dict[str, Tensor], # of `measure_energies`
-)->dict[str, float]: # accuracies in percent; mean and standard deviation of the energies in nats; quantiles of the weights
+    # accuracies in percent; mean and standard deviation of the energies in nats; quantiles of the
+    # weights
+)->dict[str, float]:
     "The numbers of one line of metrics.jsonl"
-    out = {'clean': measured['correct_nat'].double().mean().item()*100, 'pgd': measured['correct_adv'].double().mean().item()*100}
+    out = {'clean': measured['correct_nat'].double().mean().item()*100,
+           'pgd': measured['correct_adv'].double().mean().item()*100}
     for name in ('energy_nat', 'energy_adv', 'joint_nat', 'joint_adv', 'delta'):
-        out[f'{name}_mean'], out[f'{name}_std'] = measured[name].mean().item(), measured[name].std(correction=0).item()
+        out[f'{name}_mean'], out[f'{name}_std'] = (measured[name].mean().item(),
+                                                   measured[name].std(correction=0).item())
     weights = energy_weight(measured['energy_nat'])
-    return {**out, **{f'weight_q{q:02d}': weights.quantile(q/100).item() for q in (5, 25, 50, 75, 95)}}
+    return {**out,
+            **{f'weight_q{q:02d}': weights.quantile(q/100).item() for q in (5, 25, 50, 75, 95)}}
 
 # %% ../nbs/04_train_weat.ipynb #869438ca
 def training_data(
     config:TrainConfig, # of the run
-)->tuple[ImageData, ImageData, ImageData|None]: # (training images, held-out images, synthesised training images)
+    # (training images, held-out images, synthesised training images)
+)->tuple[ImageData, ImageData, ImageData|None]:
     "Training and held-out images of a run; the split depends on the seed alone"
     train, aux = load_dataset(config.dataset, 'train', config.root), None
     if config.aux_data:
         synthesised = load_images(config.aux_data, train.classes)
         if synthesised.images.shape[1:] != train.images.shape[1:]:
-            raise ValueError(f'{config.aux_data} holds images of shape {tuple(synthesised.images.shape[1:])}, '
-                             f'but those of {config.dataset} have {tuple(train.images.shape[1:])}')
+            raise ValueError(f'{config.aux_data} holds images of shape '
+                             f'{tuple(synthesised.images.shape[1:])}, but those of '
+                             f'{config.dataset} have {tuple(train.images.shape[1:])}')
         if config.num_val == len(synthesised) and not config.aux_fraction: held_out = synthesised
         else: aux, held_out = split_holdout(synthesised, config.num_val, config.seed)
     else: train, held_out = split_holdout(train, config.num_val, config.seed)
     if config.num_train is not None and config.num_train > len(train):
-        raise ValueError(f'num_train = {config.num_train} is not allowed: there are {len(train)} training images')
-    if config.num_train is not None and config.num_train < len(train): train = split_holdout(train, config.num_train, config.seed)[1]
+        raise ValueError(f'num_train = {config.num_train} is not allowed: '
+                         f'there are {len(train)} training images')
+    if config.num_train is not None and config.num_train < len(train):
+        train = split_holdout(train, config.num_train, config.seed)[1]
     if len(train) < config.batch_size:
-        raise ValueError(f'batch_size = {config.batch_size} is not allowed: there are only {len(train)} training images')
+        raise ValueError(f'batch_size = {config.batch_size} is not allowed: '
+                         f'there are only {len(train)} training images')
     return train, held_out, aux if config.aux_fraction else None
 
 def epoch_size(
@@ -250,9 +287,11 @@ def epoch_size(
     if not (config.released and rest): return updates, updates*config.batch_size
     last = rest + n_aux
     if last == 1 or last % processes:
-        why = f'it cannot be shared equally by {processes} processes' if last % processes else 'batch normalisation needs 2'
-        raise ValueError(f"protocol = 'released' uses the last batch of an epoch, too, which has {last} of {num_images} "
-                         f'images here; {why}: take num_train = {num_images - (last % processes or 1)}, or another batch_size')
+        why = (f'it cannot be shared equally by {processes} processes' if last % processes
+               else 'batch normalisation needs 2')
+        raise ValueError("protocol = 'released' uses the last batch of an epoch, too, which has "
+                         f'{last} of {num_images} images here; {why}: take num_train = '
+                         f'{num_images - (last % processes or 1)}, or another batch_size')
     return updates + 1, num_images + (updates + 1)*n_aux
 
 def epoch_batches(
@@ -261,7 +300,7 @@ def epoch_batches(
     config:TrainConfig, # of the run
     generator:torch.Generator, # orders, crops and flips
 )->Iterator[tuple[Tensor, Tensor]]: # x (B, C, H, W) in [0, 1] and y (B,)
-    "One pass over the training images in random order, augmented; only the released protocol uses a last short batch"
+    "A random, augmented pass over the images; only the released protocol uses a last short batch"
     spec = DATASETS[config.dataset]
     n_aux = config.aux_images()
     for x, y in batches(train, config.batch_size - n_aux, generator=generator,
@@ -287,12 +326,16 @@ def snapshot_indices(
     seed:int, # of the run
 )->Tensor: # (num_images,) int64, ascending, positions among the training images
     "The training images whose energies are followed"
-    return torch.randperm(num_train, generator=torch.Generator().manual_seed(seed))[:num_images].sort().values
+    return torch.randperm(num_train, generator=torch.Generator().manual_seed(seed)
+                          )[:num_images].sort().values
 
-def _take_snapshot(run:Path, model:nn.Module, epoch:int, train:ImageData, chosen:Tensor, config:TrainConfig)->None:
+def _take_snapshot(run:Path, model:nn.Module, epoch:int, train:ImageData, chosen:Tensor,
+                   config:TrainConfig)->None:
     images = train[chosen]
     measured = measure_energies(model, images, **config.selection_attack())
-    save_tensors(snapshot_file(run, epoch), {**measured, 'labels': images.labels, 'indices': chosen}, dict(epoch=epoch, config=config.identity(), version=__version__))
+    save_tensors(snapshot_file(run, epoch),
+                 {**measured, 'labels': images.labels, 'indices': chosen},
+                 dict(epoch=epoch, config=config.identity(), version=__version__))
 
 def _check_snapshots(run:Path, epochs:Collection[int], chosen:Tensor, done:int)->None:
     "Refuse snapshots that can no longer be taken, and others than those there are"
@@ -300,9 +343,12 @@ def _check_snapshots(run:Path, epochs:Collection[int], chosen:Tensor, done:int)-
         file = snapshot_file(run, epoch)
         if file.exists():
             there = load_tensors(file)[0]['indices']
-            if not torch.equal(there, chosen): raise ValueError(f'{file} holds {len(there)} images, not the {len(chosen)} asked for: give snapshot_images={len(there)}, or name another run_dir')
+            if not torch.equal(there, chosen):
+                raise ValueError(f'{file} holds {len(there)} images, not the {len(chosen)} asked '
+                                 f'for: give snapshot_images={len(there)}, or name another run_dir')
         elif epoch < done:
-            raise ValueError(f'the snapshot of epoch {epoch} was not taken and {run} is already at epoch {done}: leave it out of snapshots, or name another run_dir')
+            raise ValueError(f'the snapshot of epoch {epoch} was not taken and {run} is already '
+                             f'at epoch {done}: leave it out of snapshots, or name another run_dir')
 
 # %% ../nbs/04_train_weat.ipynb #cff57006
 class NonFiniteError(RuntimeError):
@@ -321,7 +367,8 @@ def check_finite(
     if torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients.values())): return
     bad = [n for n, g in gradients.items() if not g.isfinite().all()]
     if loss.isfinite() and not bad: return # only the norm was too large for its type
-    what = f'the loss is {loss.item()}' + (f'; the gradient of {bad[0]} and {len(bad) - 1} more is not finite' if bad else '')
+    what = f'the loss is {loss.item()}' + (
+        f'; the gradient of {bad[0]} and {len(bad) - 1} more is not finite' if bad else '')
     raise NonFiniteError(f'{where}: {what}. {_ADVICE}')
 
 # %% ../nbs/04_train_weat.ipynb #7be20f46
@@ -329,24 +376,29 @@ def check_finite(
 def _fits_in_memory(where:str, config:TrainConfig)->Iterator[None]:
     try: yield
     except torch.OutOfMemoryError as e:
-        raise MemoryError(f'{where}: a batch of {config.batch_size} images does not fit into the memory of {config.device}. Lower batch_size, '
-                          f'take precision bf16, or share the batch among more devices by num_processes; {_KEPT}') from e
+        raise MemoryError(f'{where}: a batch of {config.batch_size} images does not fit into the '
+                          f'memory of {config.device}. Lower batch_size, take precision bf16, or '
+                          'share the batch among more devices by num_processes; '
+                          f'{_KEPT}') from e
 
 def training_step(
     model:nn.Module, # to train, on its device
     config:TrainConfig, # of the run
 )->tuple[TrainStep, torch.optim.Optimizer]: # the update short of the optimiser, and SGD
     "What updates a model as its config says (supplement A.6)"
-    step = TrainStep(model, config.objective, beta=config.beta, eps=config.eps, step_size=config.step_size, steps=config.attack_steps,
+    step = TrainStep(model, config.objective, beta=config.beta,
+                     eps=config.eps, step_size=config.step_size, steps=config.attack_steps,
                      config=StepConfig.choose(config.device, config.precision, config.compile))
-    return step, torch.optim.SGD(model.parameters(), lr=config.lr, momentum=.9, weight_decay=config.weight_decay, fused=config.device == 'cuda')
+    return step, torch.optim.SGD(model.parameters(), lr=config.lr, momentum=.9,
+                                 weight_decay=config.weight_decay, fused=config.device == 'cuda')
 
 def train_epoch(
     model:nn.Module, # to train, on its device
     step:TrainStep, # of `training_step`
     optimizer:torch.optim.Optimizer, # likewise
     train:ImageData, # images, on the device of the model
-    epoch:int, # from 1 to config.epochs: it decides learning rate, randomness and whether MAIL weights yet
+    # from 1 to config.epochs: it decides learning rate, randomness and whether MAIL weights yet
+    epoch:int,
     config:TrainConfig, # of the run
     *,
     aux:ImageData|None = None, # synthesised images, on the same device
@@ -359,7 +411,8 @@ def train_epoch(
     generator = torch.Generator(device).manual_seed(config.seed*100_003 + epoch)
     weighted = epoch > int(.75*config.epochs) # MAIL's burn-in: 75 of 100 epochs
     if augmented: parts = epoch_batches(train, aux, config, generator)
-    else: parts = batches(train, config.batch_size, generator=generator, drop_last=not config.released)
+    else: parts = batches(train, config.batch_size, generator=generator,
+                          drop_last=not config.released)
     for i, (x, y) in enumerate(parts):
         update, total = (epoch - 1)*n_batches + i, config.epochs*n_batches
         for group in optimizer.param_groups:
@@ -367,11 +420,15 @@ def train_epoch(
             if config.released: group['momentum'] = one_cycle_momentum(update, total)
         optimizer.zero_grad(set_to_none=True)
         where, start = f'epoch {epoch}, update {i + 1} of {n_batches}', None
-        if world_size() > 1 and (begin := step.objective.start): # every process draws the whole batch's noise and keeps its share
+        # every process draws the whole batch's noise and keeps its share
+        if world_size() > 1 and (begin := step.objective.start):
             start = my_share(starting_point(x, config.eps, start=begin, generator=generator))
-        with _fits_in_memory(where, config): loss = all_mean(step(my_share(x), my_share(y), weighted=weighted, generator=generator, start=start))
+        with _fits_in_memory(where, config):
+            loss = all_mean(step(my_share(x), my_share(y), weighted=weighted, generator=generator,
+                                 start=start))
         # A NaN stays: a GPU is not made to wait for the check of every update
-        if device.type == 'cpu' or i % 25 == 24 or i == n_batches - 1: check_finite(model, loss, where)
+        if device.type == 'cpu' or i % 25 == 24 or i == n_batches - 1:
+            check_finite(model, loss, where)
         optimizer.step()
         losses.append(loss)
         if progress: progress.step()
@@ -396,18 +453,24 @@ def fit(
     num_nodes:int = 1, # machines that call this together, with one run_dir that all of them see
     node_rank:int = 0, # number of this machine
     rdzv_endpoint:str|None = None, # host:port on machine 0 where several machines meet
-    snapshots:Collection[int] = (), # epochs after which to keep the energies of training images in snapshots/; 0: before training
-    snapshot_images:int = 500, # how many images, the same ones in every snapshot; all where there are fewer
+    # epochs after which to keep the energies of training images in snapshots/; 0: before training
+    snapshots:Collection[int] = (),
+    # how many images, the same ones in every snapshot; all where there are fewer
+    snapshot_images:int = 500,
 )->TrainResult: # the finished run
-    "Train adversarially, keep the model with the best PGD accuracy on held-out images (supplement A.3, A.6)"
+    "Train adversarially, keep the model with the best held-out PGD accuracy (supplement A.3, A.6)"
     check_launch(num_processes, num_nodes, node_rank, rdzv_endpoint, config.device)
     processes = num_processes*num_nodes
     if config.batch_size % processes:
-        raise ValueError(f'batch_size = {config.batch_size} cannot be shared equally by {processes} processes: take a multiple of {processes}')
+        raise ValueError(f'batch_size = {config.batch_size} cannot be shared equally by '
+                         f'{processes} processes: take a multiple of {processes}')
     snapshots = sorted(set(snapshots))
     if wrong := [e for e in snapshots if not 0 <= e <= config.epochs]:
-        raise ValueError(f'snapshots = {snapshots} is not allowed: there is no epoch {wrong[0]}, they go from 0 (before training) to {config.epochs}')
-    if snapshot_images < 1: raise ValueError(f'snapshot_images = {snapshot_images} is not allowed: it must be at least 1')
+        raise ValueError(f'snapshots = {snapshots} is not allowed: there is no epoch {wrong[0]}, '
+                         f'they go from 0 (before training) to {config.epochs}')
+    if snapshot_images < 1:
+        raise ValueError(f'snapshot_images = {snapshot_images} is not allowed: '
+                         'it must be at least 1')
     data = training_data(config) # before the folder is made: wrong data leave no trace
     epoch_size(config, len(data[0]), processes)
     run = Path(run_dir).resolve()
@@ -419,11 +482,13 @@ def fit(
         if processes == 1: _fit(config, run, *data, snapshots, snapshot_images)
         else:
             values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
-            launch('weat_nb.train:fit_worker', [values, str(run), snapshots, snapshot_images], num_processes=num_processes, num_nodes=num_nodes,
-                   node_rank=node_rank, rdzv_endpoint=rdzv_endpoint, device=config.device)
+            launch('weat_nb.train:fit_worker', [values, str(run), snapshots, snapshot_images],
+                   num_processes=num_processes, num_nodes=num_nodes, node_rank=node_rank,
+                   rdzv_endpoint=rdzv_endpoint, device=config.device)
         history = read_lines(run/'metrics.jsonl')
         model, _ = load_checkpoint(run/'best.safetensors', device=config.device)
-    return TrainResult(Path(run_dir), history, best_row(history, config.objective)['epoch'], model, taken_up)
+    return TrainResult(Path(run_dir), history, best_row(history, config.objective)['epoch'],
+                       model, taken_up)
 
 def fit_worker(
     values:dict[str, Any], # fields of a TrainConfig
@@ -431,7 +496,7 @@ def fit_worker(
     snapshots:Collection[int] = (), # of `fit`
     snapshot_images:int = 500, # of `fit`
 )->None:
-    "What each of several processes runs; a process that is killed takes all down and they begin again after the last whole epoch"
+    "What each of several processes runs; one killed, all begin again after the last whole epoch"
     config = TrainConfig(**values)
     _fit(config, Path(run), *training_data(config), snapshots, snapshot_images)
 
@@ -444,70 +509,88 @@ def _read_state(run:Path, device:str|torch.device = 'cpu')->tuple[dict[str, Tens
     return tensors, metadata['history']
 
 def _mend_state(run:Path)->int:
-    "Put the previous state in the place of one that is damaged or gone; the number of epochs that are done"
+    "Put the previous state in the place of one damaged or gone; the number of epochs done"
     state, previous = run/_STATE, run/_PREVIOUS
-    try: return len(_read_state(run)[1]) if state.exists() or previous.exists() or read_lines(run/'metrics.jsonl') else 0
+    try:
+        return (len(_read_state(run)[1])
+                if state.exists() or previous.exists() or read_lines(run/'metrics.jsonl') else 0)
     except (CheckpointError, FileNotFoundError) as e: wrong = e
     try: tensors, metadata = load_tensors(previous)
     except (CheckpointError, FileNotFoundError):
-        raise CheckpointError(f'{wrong}; no state of an earlier epoch is left: restore the file, or name another run_dir') from wrong
-    warnings.warn(f"{wrong}. The run goes on after epoch {len(metadata['history'])}, from {previous.name}", stacklevel=3)
+        raise CheckpointError(f'{wrong}; no state of an earlier epoch is left: '
+                              'restore the file, or name another run_dir') from wrong
+    warnings.warn(f"{wrong}. The run goes on after epoch {len(metadata['history'])}, "
+                  f"from {previous.name}", stacklevel=3)
     if state.exists(): os.replace(state, run/'state.damaged.safetensors')
     save_tensors(state, tensors, metadata)
     return len(metadata['history'])
 
 def _keep_previous(run:Path)->None:
-    "Give the state that is about to be replaced a second name; `state.safetensors` is there all the time"
+    "Give the state about to be replaced a second name; `state.safetensors` is there all the time"
     part = run/f'.{_PREVIOUS}.previous.part' # a name that `open_run` clears away
     part.unlink(missing_ok=True)
     try: os.link(run/_STATE, part)
     except OSError: shutil.copyfile(run/_STATE, part) # a file system without links
     os.replace(part, run/_PREVIOUS)
 
-def _commit(run:Path, model:nn.Module, optimizer:torch.optim.Optimizer, history:list[dict], best:dict[str, Tensor])->None:
+def _commit(run:Path, model:nn.Module, optimizer:torch.optim.Optimizer, history:list[dict],
+            best:dict[str, Tensor])->None:
     "One atomic file decides how far the run is; metrics.jsonl follows it"
     if (run/_STATE).exists(): _keep_previous(run)
-    momentum = {n: optimizer.state[p]['momentum_buffer'] for n, p in model.named_parameters() if 'momentum_buffer' in optimizer.state[p]}
+    momentum = {n: optimizer.state[p]['momentum_buffer'] for n, p in model.named_parameters()
+                if 'momentum_buffer' in optimizer.state[p]}
     groups = dict(model=model.state_dict(), momentum=momentum, best=best)
     tensors = {f'{group}.{name}': t for group, named in groups.items() for name, t in named.items()}
     save_tensors(run/_STATE, tensors, dict(history=history))
     write_lines(run/'metrics.jsonl', history)
 
-def _restore(run:Path, model:nn.Module, optimizer:torch.optim.Optimizer)->tuple[list[dict], dict[str, Tensor]]:
+def _restore(run:Path, model:nn.Module, optimizer:torch.optim.Optimizer
+             )->tuple[list[dict], dict[str, Tensor]]:
     "Take up the last whole epoch"
     tensors, history = _read_state(run, next(model.parameters()).device)
-    part = lambda name: {k.split('.', 1)[1]: v for k, v in tensors.items() if k.startswith(name + '.')}
+    part = lambda name: {k.split('.', 1)[1]: v for k, v in tensors.items()
+                         if k.startswith(name + '.')}
     model.load_state_dict(part('model'))
     named = dict(model.named_parameters())
-    for name, buffer in part('momentum').items(): # laid out as its parameter is: a fused optimiser needs that
-        optimizer.state[named[name]]['momentum_buffer'] = torch.empty_like(named[name], requires_grad=False).copy_(buffer)
+    # laid out as its parameter is: a fused optimiser needs that
+    for name, buffer in part('momentum').items():
+        optimizer.state[named[name]]['momentum_buffer'] = torch.empty_like(
+            named[name], requires_grad=False).copy_(buffer)
     if is_main(): write_lines(run/'metrics.jsonl', history)
     return history, part('best')
 
 def _headline(history:list[dict], epochs:int)->str:
     if not history: return f'epoch 1 of {epochs}'
-    return f"epoch {len(history)} of {epochs} done: clean {history[-1]['clean']:.1f} %, PGD-20 {history[-1]['pgd']:.1f} % on held-out images"
+    return (f"epoch {len(history)} of {epochs} done: clean {history[-1]['clean']:.1f} %, "
+            f"PGD-20 {history[-1]['pgd']:.1f} % on held-out images")
 
 # %% ../nbs/04_train_weat.ipynb #a04888df
-def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:ImageData|None, snapshots:Collection[int], snapshot_images:int)->None:
-    device = torch.device('cuda', torch.cuda.current_device()) if config.device == 'cuda' else torch.device(config.device)
+def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:ImageData|None,
+         snapshots:Collection[int], snapshot_images:int)->None:
+    device = (torch.device('cuda', torch.cuda.current_device()) if config.device == 'cuda'
+              else torch.device(config.device))
     model = create_model(config.arch, train.num_classes, train.in_channels, train.image_size,
                          seed=config.seed, init='pytorch' if config.released else 'he').to(device)
     if config.sync_batchnorm and world_size() > 1: synchronise_batchnorm(model)
     step, optimizer = training_step(model, config)
-    step.model = data_parallel(model) # gradients are averaged over the processes; the attack needs none
+    # gradients are averaged over the processes; the attack needs none
+    step.model = data_parallel(model)
     n_batches, images = epoch_size(config, len(train), world_size())
     history:list[dict[str, float]] = []
     best:dict[str, Tensor] = {}
     timings = read_lines(run/'timing.jsonl') if is_main() else []
     if (run/_STATE).exists(): history, best = _restore(run, model, optimizer)
-    train, held_out, aux = train.to(device), held_out.to(device), aux.to(device) if aux is not None else None
+    train, held_out, aux = (train.to(device), held_out.to(device),
+                            aux.to(device) if aux is not None else None)
 
     before, chosen = len(history), snapshot_indices(len(train), snapshot_images, config.seed)
     if is_main():
         _check_snapshots(run, snapshots, chosen, before)
-        if before in snapshots and not snapshot_file(run, before).exists(): _take_snapshot(run, model, before, train, chosen, config) # before training, or of an epoch that an earlier call did not keep
-    progress = Progress(config.epochs*n_batches, _headline(history, config.epochs), done=before*n_batches, show=is_main() and before < config.epochs)
+        # before training, or of an epoch that an earlier call did not keep
+        if before in snapshots and not snapshot_file(run, before).exists():
+            _take_snapshot(run, model, before, train, chosen, config)
+    progress = Progress(config.epochs*n_batches, _headline(history, config.epochs),
+                        done=before*n_batches, show=is_main() and before < config.epochs)
     for epoch in range(before + 1, config.epochs + 1):
         start_time = time.perf_counter()
         loss = train_epoch(model, step, optimizer, train, epoch, config, aux=aux, progress=progress)
@@ -516,15 +599,20 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
             try:
                 measured = measure_energies(model, held_out, **config.selection_attack())
                 if epoch in snapshots: _take_snapshot(run, model, epoch, train, chosen, config)
-            except FloatingPointError as e: raise NonFiniteError(f'held-out images after epoch {epoch}: {e}. {_ADVICE}') from e
+            except FloatingPointError as e:
+                raise NonFiniteError(f'held-out images after epoch {epoch}: {e}. {_ADVICE}') from e
             late = dict(selectable=10*epoch > 9*config.epochs) if config.released else {}
-            history.append(dict(epoch=epoch, updates=epoch*n_batches, lr=optimizer.param_groups[0]['lr'], loss=loss,
+            history.append(dict(epoch=epoch, updates=epoch*n_batches,
+                                lr=optimizer.param_groups[0]['lr'], loss=loss,
                                 **summarise(measured), **late))
-            if best_row(history, config.objective)['epoch'] == epoch: best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-            timing = dict(epoch=epoch, seconds=round(seconds, 3), images_per_second=round(images/seconds, 1),
+            if best_row(history, config.objective)['epoch'] == epoch:
+                best = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            timing = dict(epoch=epoch, seconds=round(seconds, 3),
+                          images_per_second=round(images/seconds, 1),
                           device=config.device, processes=world_size())
             timings = [*(t for t in timings if t['epoch'] < epoch), timing]
-            write_lines(run/'timing.jsonl', timings) # before the state: an epoch that is done lacks no line
+            # before the state: an epoch that is done lacks no line
+            write_lines(run/'timing.jsonl', timings)
             _commit(run, model, optimizer, history, best)
             progress.step(_headline(history, config.epochs), by=0)
         barrier()
@@ -534,7 +622,8 @@ def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:
     save_checkpoint(run/'last.safetensors', model, metadata=dict(epoch=len(history), **metadata))
     model.load_state_dict(best)
     (run/_PREVIOUS).unlink(missing_ok=True) # of a run that is done, one state is enough
-    save_checkpoint(run/'best.safetensors', model, metadata=dict(epoch=best_row(history, config.objective)['epoch'], **metadata))
+    save_checkpoint(run/'best.safetensors', model,
+                    metadata=dict(epoch=best_row(history, config.objective)['epoch'], **metadata))
 
 # %% ../nbs/04_train_weat.ipynb #7e73cefe
 def run_name(
@@ -546,20 +635,30 @@ def run_name(
 
 # %% ../nbs/04_train_weat.ipynb #c05700a1
 @lru_cache
-def _network_cost(arch:str, dataset:str, element_size:int)->tuple[int, int, int]: # parameters; operations and bytes of an image's forward pass
+def _network_cost(
+    arch:str, dataset:str, element_size:int,
+)->tuple[int, int, int]: # parameters; operations and bytes of an image's forward pass
     spec = DATASETS[dataset]
     model = create_model(arch, spec.num_classes, spec.in_channels, spec.image_size, seed=0).eval()
-    return sum(p.numel() for p in model.parameters()), *forward_cost(model, spec.in_channels, spec.image_size, element_size)
+    return (sum(p.numel() for p in model.parameters()),
+            *forward_cost(model, spec.in_channels, spec.image_size, element_size))
 
 def training_cost(
     config:TrainConfig, # of the run
-)->dict[str, int]: # passes: forward passes of an update; updates; flop: operations of the run; measuring: those of them that measure held-out images; memory: bytes
+    # passes: forward passes of an update; updates; flop: operations of the run; measuring: those
+    # of them that measure held-out images; memory: bytes
+)->dict[str, int]:
     "What `fit` computes and keeps for a config: operations counted, memory estimated"
-    spec, row, size = DATASETS[config.dataset], OBJECTIVES[config.objective], 2 if config.precision == 'bf16' else 4
+    spec, row, size = (DATASETS[config.dataset], OBJECTIVES[config.objective],
+                       2 if config.precision == 'bf16' else 4)
     parameters, flop, moved = _network_cost(config.arch, config.dataset, size)
-    held_out = 0 if config.aux_data else config.num_val # with synthesised images some of those are held out
+    # with synthesised images some of those are held out
+    held_out = 0 if config.aux_data else config.num_val
     updates, images = epoch_size(config, config.num_train or spec.n_train - held_out)
-    passes, measuring = forward_passes(config.objective, config.attack_steps), flop*config.epochs*config.num_val*(2*20 + 2)
+    passes, measuring = (forward_passes(config.objective, config.attack_steps),
+                         flop*config.epochs*config.num_val*(2*20 + 2))
     activations = config.batch_size*(row.needs_clean + row.needs_adv)*moved//2 # written once
-    return dict(passes=passes, updates=updates*config.epochs, flop=flop*config.epochs*images*passes + measuring, measuring=measuring,
-                memory=parameters*(4*4 + 4 + size) + activations + spec.n_train*spec.in_channels*spec.image_size**2)
+    return dict(passes=passes, updates=updates*config.epochs,
+                flop=flop*config.epochs*images*passes + measuring, measuring=measuring,
+                memory=parameters*(4*4 + 4 + size) + activations
+                       + spec.n_train*spec.in_channels*spec.image_size**2)

@@ -21,7 +21,8 @@ from torch import Tensor
 def _stats()->Any:
     "scipy.stats, which only the intervals need"
     try: from scipy import stats
-    except ImportError as e: raise ImportError("intervals need SciPy: pip install 'weat_nb[notebooks]'") from e
+    except ImportError as e:
+        raise ImportError("intervals need SciPy: pip install 'weat_nb[notebooks]'") from e
     return stats
 
 # %% ../nbs/parts/verdicts.ipynb #0a098a74
@@ -35,8 +36,8 @@ class Interval:
 
     def __post_init__(self)->None:
         if not self.low <= self.estimate <= self.high:
-            raise ValueError(f'an interval needs low <= estimate <= high, given {self.low}, {self.estimate}, '
-                             f'{self.high}')
+            raise ValueError('an interval needs low <= estimate <= high, given '
+                             f'{self.low}, {self.estimate}, {self.high}')
 
     def show(self,
         digits:int = 2, # decimal places
@@ -44,20 +45,23 @@ class Interval:
     )->str: # for example -14.60 [-14.91, -14.29] nats
         "The estimate, its interval and its unit"
         ends = '' if math.isinf(self.low) else f' [{self.low:.{digits}f}, {self.high:.{digits}f}]'
-        bare = '' if ends else ' (one value, no interval)' if self.n == 1 else ' (equal values, no interval)'
+        bare = ('' if ends else ' (one value, no interval)' if self.n == 1
+                else ' (equal values, no interval)')
         return f'{self.estimate:.{digits}f}{ends}{" " if unit else ""}{unit}{bare}'
 
 # %% ../nbs/parts/verdicts.ipynb #95d2f0fc
 def mean_interval(
-    values:Tensor|Sequence[float], # (n,) independent values; of a comparison, its paired differences
+    values:Tensor|Sequence[float], # (n,) independent values; of a comparison, paired differences
 )->Interval: # of their mean
     "Student's t interval of a mean"
     v = torch.as_tensor(values, dtype=torch.float64)
     if v.ndim != 1 or not len(v) or not v.isfinite().all():
-        raise ValueError(f'values must be (n,) finite numbers, n at least 1, given shape {tuple(v.shape)} with '
-                         f'{int((~v.isfinite()).sum())} that are NaN or infinite')
+        raise ValueError('values must be (n,) finite numbers, n at least 1, given shape '
+                         f'{tuple(v.shape)} with {int((~v.isfinite()).sum())} that are NaN or '
+                         'infinite')
     mean = v.mean().item()
-    if (v == v[0]).all(): return Interval(mean, -math.inf, math.inf, len(v)) # so few or so coarse that their spread is unknown
+    if (v == v[0]).all(): # so few or so coarse that their spread is unknown
+        return Interval(mean, -math.inf, math.inf, len(v))
     half = float(_stats().t.ppf(.975, len(v) - 1))*v.std().item()/len(v)**.5
     return Interval(mean, mean - half, mean + half, len(v))
 
@@ -79,7 +83,8 @@ def share_interval(
     "Exact interval of a share (Clopper and Pearson 1934)"
     h = torch.as_tensor(hits)
     if h.ndim != 1 or not len(h) or ((h != 0) & (h != 1)).any():
-        raise ValueError(f'hits must be (n,) of true and false, n at least 1, given shape {tuple(h.shape)}')
+        raise ValueError('hits must be (n,) of true and false, n at least 1, '
+                         f'given shape {tuple(h.shape)}')
     found = _stats().binomtest(int(h.sum()), len(h)).proportion_ci(.95, method='exact')
     share = h.double().mean().item()
     return Interval(100*share, 100*min(found.low, share), 100*max(found.high, share), len(h))
@@ -95,21 +100,27 @@ def bootstrap_interval(
     if n < 2: raise ValueError(f'n = {n}: a bootstrap needs at least 2 images')
     if draws < 100: raise ValueError(f'draws = {draws}: quantiles of 2.5 % need at least 100')
     generator, here = torch.Generator().manual_seed(seed), float(statistic(torch.arange(n)))
-    drawn = torch.tensor([float(statistic(torch.randint(n, (n,), generator=generator))) for _ in range(draws)])
-    if not drawn.isfinite().all(): raise ValueError(f'the statistic is NaN or infinite in {int((~drawn.isfinite()).sum())} of {draws} draws')
+    drawn = torch.tensor([float(statistic(torch.randint(n, (n,), generator=generator)))
+                          for _ in range(draws)])
+    if not drawn.isfinite().all():
+        raise ValueError(f'the statistic is NaN or infinite in {int((~drawn.isfinite()).sum())} '
+                         f'of {draws} draws')
     low, high = drawn.double().quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return Interval(here, min(low, here), max(high, here), n)
 
 # %% ../nbs/parts/verdicts.ipynb #335bfcaf
 def short_of(
-    needs:Mapping[str, Any], # the scale that a claim is about: numbers are least values, texts must agree
+    needs:Mapping[str, Any], # the scale of a claim: numbers are least values, texts must agree
     reached:Mapping[str, Any], # that of the run, with the same names
 )->list[str]: # what is missing, in words; empty where the scale is reached
     "Where a run falls short of the scale of a claim"
     if absent := needs.keys() - reached.keys():
-        raise ValueError(f"the claim needs {', '.join(sorted(absent))}, which the run does not state")
-    def met(wanted:Any, there:Any)->bool: return there == wanted if isinstance(wanted, str) else there >= wanted
-    return [f'{name} {reached[name]} of {wanted}' for name, wanted in needs.items() if not met(wanted, reached[name])]
+        raise ValueError(f"the claim needs {', '.join(sorted(absent))}, "
+                         "which the run does not state")
+    def met(wanted:Any, there:Any)->bool:
+        return there == wanted if isinstance(wanted, str) else there >= wanted
+    return [f'{name} {reached[name]} of {wanted}' for name, wanted in needs.items()
+            if not met(wanted, reached[name])]
 
 def verdict(
     found:Interval|None, # what was measured; None: nothing that has an interval
@@ -120,7 +131,8 @@ def verdict(
     reached:Mapping[str, Any]|None = None, # that of the run
 )->str: # supported, not supported, inconclusive or not tested at scale
     "Whether a measurement supports a claim"
-    if side not in ('above', 'below'): raise ValueError(f'side = {side!r} is not one of above, below')
+    if side not in ('above', 'below'):
+        raise ValueError(f'side = {side!r} is not one of above, below')
     if needs and short_of(needs, reached or {}): return 'not tested at scale'
     if found is None: return 'inconclusive'
     low, high, bound = found.low, found.high, threshold
@@ -132,7 +144,8 @@ def all_of(
 )->str: # one verdict
     "A claim of several parts: supported if every part is, not supported if one is not"
     if not verdicts: raise ValueError('a claim has at least one part')
-    return next((v for v in ('not supported', 'not tested at scale', 'inconclusive') if v in verdicts), 'supported')
+    return next((v for v in ('not supported', 'not tested at scale', 'inconclusive')
+                 if v in verdicts), 'supported')
 
 # %% ../nbs/parts/verdicts.ipynb #51c1097a
 def claim_row(
@@ -153,7 +166,11 @@ def claim_row(
     "A claim, its measurement and its verdict as the row of a table"
     missing = short_of(needs, reached or {}) if needs else []
     ours = 'no interval' if found is None else found.show(digits, unit)
-    if missing: note = f'{note}; ' * bool(note) + f'the claim is about more: {", ".join(missing)}'
-    return dict(**(dict(where=where) if where else {}), claim=claim, paper=paper, ours=f'{ours}; {note}' if note else ours,
-                needed=f'{dict(above=">", below="<")[side]} {threshold:g}{" " if unit else ""}{unit}',
-                n=f'{found.n} {of}' if found else '', verdict=verdict(found, side, threshold, needs=needs, reached=reached))
+    if missing:
+        note = f'{note}; ' * bool(note) + f'the claim is about more: {", ".join(missing)}'
+    return dict(**(dict(where=where) if where else {}), claim=claim, paper=paper,
+                ours=f'{ours}; {note}' if note else ours,
+                needed=f'{dict(above=">", below="<")[side]} {threshold:g}'
+                       f'{" " if unit else ""}{unit}',
+                n=f'{found.n} {of}' if found else '',
+                verdict=verdict(found, side, threshold, needs=needs, reached=reached))
