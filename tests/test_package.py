@@ -24,7 +24,8 @@ import weat_nb
 
 root = Path(__file__).parent.parent
 EXTRAS = ('fastcore', 'matplotlib', 'papermill', 'nbdev', 'IPython', 'jupyterlab', 'sympy',
-          'pytest', 'pyautoattack', 'skimage', 'torch_fidelity', 'submitit', 'scipy', 'yaml')
+          'pytest', 'pyautoattack', 'skimage', 'torch_fidelity', 'submitit', 'scipy', 'timm',
+          'yaml')
 MODULES = [m.name for m in pkgutil.iter_modules(weat_nb.__path__) if not m.name.startswith('_')]
 
 

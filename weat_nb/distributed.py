@@ -146,7 +146,11 @@ def synchronise_batchnorm(
 )->nn.Module: # the same model
     "Let every batch normalisation of a model see the batches of all processes"
     for name, module in model.named_modules():
-        if type(module) is not nn.BatchNorm2d: continue
+        if isinstance(module, (SyncBatchNorm2d, nn.SyncBatchNorm)): continue
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm): continue
+        if type(module) is not nn.BatchNorm2d:
+            raise ValueError(f'{name} cannot be synchronised: it is a {type(module).__name__}, '
+                             'not a BatchNorm2d; give sync_batchnorm=False')
         if not (module.affine and module.track_running_stats):
             raise ValueError(f'{name} cannot be synchronised: '
                              'it needs affine=True and track_running_stats=True')

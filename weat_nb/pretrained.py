@@ -24,6 +24,8 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .checkpoints import CheckpointError, file_sha256, load_checkpoint, save_checkpoint
@@ -33,16 +35,29 @@ from .params import suggest
 from .runs import write_file, write_text
 
 # %% ../nbs/parts/pretrained.ipynb #40bbd9bb
-# put before names by DataParallel, torch.compile and common training code
-WRAPPERS = ("module.", "_orig_mod.", "model.")
+# put before names by DataParallel, torch.compile, common training code and `create_model`
+WRAPPERS = ("module.", "_orig_mod.", "model.", "network.")
+
+def _unwrapped(tensors:dict[str, Tensor])->dict[str, Tensor]:
+    "The same in the same order, without what wrappers have put before all names"
+    for prefix in WRAPPERS*2: # twice: one wrapper may sit inside another
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name[len(prefix):]: t for name, t in tensors.items()}
+    return tensors
 
 def read_state_dict(
-    # a file of torch.save: a state dict, or a dictionary that holds one as state_dict or model
+    # a .safetensors file, or one of torch.save: a state dict, or a dictionary that holds one
+    # as state_dict or model
     path:str|os.PathLike,
 )->dict[str, Tensor]: # by name, without the wrappers' prefixes
-    "Weights out of a `torch.save` file; nothing but tensors and plain containers is unpickled"
+    "Weights out of a file of others; nothing but tensors and plain containers is unpickled"
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"no weights at {path}")
+    if path.suffix == ".safetensors":
+        try: return _unwrapped(load_file(path))
+        except SafetensorError as e:
+            raise CheckpointError(f"{path} is cut short, damaged or no safetensors file "
+                                  f"({e})") from e
     try: found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError,
             KeyError, IndexError, AttributeError) as e:
@@ -55,24 +70,21 @@ def read_state_dict(
             or not all(isinstance(t, Tensor) for t in found.values())):
         raise CheckpointError(f"{path} holds no state dict: "
                               "a dictionary of tensors by name was expected")
-    for prefix in WRAPPERS*2: # twice: one wrapper may sit inside another
-        if all(name.startswith(prefix) for name in found):
-            found = {name[len(prefix):]: t for name, t in found.items()}
-    return found
+    return _unwrapped(found)
 
 def load_weights(
-    path:str|os.PathLike, # a file of torch.save
-    arch:str, # a name in ARCHS
+    path:str|os.PathLike, # as for `read_state_dict`
+    arch:str, # as for `create_model`
     num_classes:int = 10, # K
     in_channels:int = 3, # C
     image_size:int = 32, # pixels
     **normalisation:Any, # mean and std, C values each, if it was trained on normalised images
 )->nn.Module: # takes images in [0, 1]; float32, in eval mode, on the CPU
     "A network of a known architecture with weights that others have published"
-    model, tensors = (
-        create_model(arch, num_classes, in_channels, image_size, **normalisation, seed=0),
-        read_state_dict(path))
-    want = {n: tuple(t.shape) for n, t in model.state_dict().items()
+    model = create_model(arch, num_classes, in_channels, image_size, **normalisation, seed=0)
+    tensors = read_state_dict(path)
+    own = _unwrapped(model.state_dict())
+    want = {n: tuple(t.shape) for n, t in own.items()
             if n in tensors or not n.endswith("num_batches_tracked")} # old files lack the counter
     have = {n: tuple(t.shape) for n, t in tensors.items()}
     differ = [f"{n} is {have.get(n, 'absent')} in the file, {want.get(n, 'absent')} in {arch}"
@@ -81,7 +93,9 @@ def load_weights(
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise CheckpointError(f"{path} does not hold the weights of {arch} with {num_classes} "
                               f"classes: {'; '.join(differ[:3])}{more}")
-    model.load_state_dict(tensors, strict=False) # every name was compared above
+    full = zip(model.state_dict(), own) # names with and without the wrappers' prefixes
+    # every name was compared above
+    model.load_state_dict({name: tensors[n] for name, n in full if n in tensors}, strict=False)
     return model.eval()
 
 # %% ../nbs/parts/pretrained.ipynb #175a91e8
@@ -147,6 +161,7 @@ def publish_model(
     run_dir:str|os.PathLike, # a finished run
     name:str, # what the model is to be called, for example fashion_mini-sat-resnet8
     folder:str|os.PathLike, # where name.safetensors and name.json go
+    arch:str|None = None, # where the network is one's own, the address of its code
 )->Path: # the weights
     "Write a run's selected model (float16), what it is and its SHA-256 first; repeatable if killed"
     run, folder = Path(run_dir), Path(folder)
@@ -155,7 +170,7 @@ def publish_model(
                          "take another name")
     if not name or name != Path(name).name or ":" in name:
         raise ValueError(f"name = {name!r} is not allowed: a plain file name without an ending")
-    model, metadata = load_checkpoint(run/"best.safetensors")
+    model, metadata = load_checkpoint(run/"best.safetensors", arch=arch)
     path, note = folder/f"{name}.safetensors", folder/f"{name}.json"
     with tempfile.TemporaryDirectory() as aside:
         weights = save_checkpoint(Path(aside)/path.name, model, metadata=metadata,
@@ -248,13 +263,15 @@ def load_pretrained(
     # folder or address of the caller's own networks, searched first; None: WEAT_DATA or the cache
     root:str|os.PathLike|None = None,
     device:str|torch.device = "cpu", # where the network goes
+    arch:str|None = None, # where the network is somebody's own, the address of its code
 )->nn.Module: # logits (B, K) from images in [0, 1]; in eval mode
     "A trained network by name, its file checked against its SHA-256"
     # an address holds the caller's own networks only
     name, folder = os.fspath(name), None if _is_address(root) else root
     if name.startswith("robustbench:"):
         model = _robustbench(name.removeprefix("robustbench:"), folder)
-    elif name.endswith(".safetensors") or Path(name).is_file(): model, _ = load_checkpoint(name)
+    elif name.endswith(".safetensors") or Path(name).is_file():
+        model, _ = load_checkpoint(name, arch=arch)
     elif name in PUBLIC_MODELS:
         row = PUBLIC_MODELS[name]
         path = _check_sha256(_public_file(row, folder), row.sha256)
@@ -262,7 +279,7 @@ def load_pretrained(
         model = load_weights(path, row.arch, **normalisation)
     else:
         path, note = pretrained_note(name, root)
-        model, _ = load_checkpoint(_check_sha256(path, note["sha256"]))
+        model, _ = load_checkpoint(_check_sha256(path, note["sha256"]), arch=arch)
     return model.to(device).eval()
 
 # %% ../nbs/parts/pretrained.ipynb #e6b2d05a
