@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from weat_nb.checkpoints import save_tensors
 from weat_nb.grid import read_grid
 from weat_nb.sweep import main, scores, share, summarise_sweep
 
@@ -113,6 +114,7 @@ def test_a_run_is_what_it_computes(sweep):
     assert plain not in folders('grid: [{value: [2]}, {value: [1], eps: [0.1]}]')
 
 
+@pytest.mark.slow
 def test_failures_are_reported_and_finished_runs_skipped(sweep, capsys):
     grid = sweep('grid: {kind: [right, wrong, killed]}\nparameters: {value: 3}')
     assert (main([grid, '--dry-run']) == 0 and capsys.readouterr().out.count('to run') == 3
@@ -145,6 +147,14 @@ def test_the_row_of_a_run_is_the_epoch_it_keeps(objective, epoch, tmp_path):
     assert scores(tmp_path)['selected epoch'] == epoch
 
 
+def test_the_row_of_a_finished_run_is_that_of_its_model(tmp_path):
+    "By which accuracy it was selected depends on the objective, which may be one's own"
+    test_the_row_of_a_run_is_the_epoch_it_keeps('plain@0123456789ab', 1, tmp_path)
+    save_tensors(tmp_path/'train/best.safetensors', {}, dict(config={}, metadata=dict(epoch=2)))
+    assert scores(tmp_path)['selected epoch'] == 2
+
+
+@pytest.mark.slow
 def test_a_second_notebook_and_pages(sweep, tmp_path, capsys):
     for name, source in (
             ('page', "import csv\nlen(list(csv.reader(open('runs/grid/summary.csv'))))"),
@@ -191,6 +201,7 @@ def start(*arguments):
          *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks for processes in /proc')
 def test_a_stopped_sweep_leaves_no_process_and_goes_on(sweep):
     grid = sweep('grid: {value: [3, 6]}\nparameters: {seconds: 600}')
@@ -297,6 +308,7 @@ def quick(monkeypatch):
     monkeypatch.setattr('weat_nb.sweep.LOOK', .5)
 
 
+@pytest.mark.slow
 def test_slurm_reports_and_skips(slurm, quick, sweep, capsys):
     grid = sweep('grid: {kind: [right, wrong], value: [3]}')
     assert main([grid, '--slurm', 'time=10', 'cpus_per_task=1']) == 1
@@ -306,6 +318,7 @@ def test_slurm_reports_and_skips(slurm, quick, sweep, capsys):
     assert len(list(Path('runs/grid/slurm').glob('*_submission.sh'))) == 1
 
 
+@pytest.mark.slow
 def test_slurm_stops(slurm, sweep):
     grid = sweep('grid: {value: [3, 6]}\nparameters: {seconds: 600}')
     process = start(grid, '--slurm', '--jobs', '1')
@@ -319,6 +332,7 @@ def test_slurm_stops(slurm, sweep):
         ['squeue', '-h'], capture_output=True, text=True).stdout, 30, 'an empty queue')
 
 
+@pytest.mark.slow
 def test_slurm_and_local_give_the_same_table(slurm, quick, tmp_path, monkeypatch):
     "Two trainings, with either"
     for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): monkeypatch.setenv(name, '1')

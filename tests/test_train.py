@@ -17,6 +17,7 @@ from weat_nb.checkpoints import load_checkpoint, load_tensors
 from weat_nb.data import DATASETS, load_dataset, to_float
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
+from weat_nb.recipes import Training, constant
 from weat_nb.train import NonFiniteError, TrainConfig, fit, training_data
 
 TINY = dict(num_train=64, num_val=4, attack_steps=1, batch_size=32, device='cpu')
@@ -24,13 +25,7 @@ TINY = dict(num_train=64, num_val=4, attack_steps=1, batch_size=32, device='cpu'
 LONGER = dict(num_train=128, num_val=20, attack_steps=2, batch_size=64, device='cpu')
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Small nets gain nothing from two threads, and two test processes on two cores lose much"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.mark.parametrize('objective', OBJECTIVES)
@@ -74,20 +69,21 @@ def test_a_restored_momentum_lies_as_its_weights(tmp_path):
     "A fused optimiser refuses a momentum laid out unlike its weights, or mixes up its entries"
     def begin():
         model = create_model('resnet8', 10, 1, 28, seed=0).to(memory_format=torch.channels_last)
-        return model, torch.optim.SGD(model.parameters(), lr=.1, momentum=.9)
-    model, optimizer = begin()
-    model(torch.rand(4, 1, 28, 28)).sum().backward()
-    optimizer.step()
-    train._commit(tmp_path, model, optimizer, [], {})
-    again, restored = begin()
-    train._restore(tmp_path, again, restored)
-    for p, q in zip(model.parameters(), again.parameters()):
-        momentum = restored.state[q]['momentum_buffer']
-        assert (momentum.stride() == q.stride() == p.stride()
-                and torch.equal(momentum, optimizer.state[p]['momentum_buffer'])
-                and not momentum.requires_grad)
+        optimizer = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9)
+        return Training(model, lambda x, y: None, optimizer, constant)
+    training, again = begin(), begin()
+    training.model(torch.rand(4, 1, 28, 28)).sum().backward()
+    training.end()
+    train._commit(tmp_path, training, [], {})
+    train._restore(tmp_path, again)
+    for p, q in zip(training.model.parameters(), again.model.parameters()):
+        before, momentum = (t.optimizer.state[w]['momentum_buffer']
+                            for t, w in ((training, p), (again, q)))
+        assert momentum.stride() == q.stride() == p.stride()
+        assert torch.equal(momentum, before) and not momentum.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('protocol, num_train', [
     ('paper', 128), ('released', 80)]) # the second of 16
 def test_two_processes_train_as_one(protocol, num_train, tmp_path):
@@ -116,6 +112,7 @@ def children(pid):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc').exists(), reason='looks for processes in /proc')
 def test_a_killed_worker_does_not_lose_the_run(tmp_path):
     given = dict(epochs=3, **LONGER)

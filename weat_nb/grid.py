@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .own import own_content
 from .params import check_param, param, suggest
 
 # %% ../nbs/parts/grid.ipynb #a5df2cbb
@@ -92,7 +93,7 @@ def _stage(notebook:Path, given:dict[str, Any], where:str)->Stage:
             checked = (check_param(name, value, param(kind, f'of {notebook.name}').metadata) if kind
                        else value)
         except ValueError as e: raise ValueError(f'{where}: {e}') from None
-        if checked != default and name not in PLACE: identity[name] = checked
+        if checked != default and name not in PLACE: identity[name] = own_content(name, checked)
     return Stage(notebook, given, identity)
 
 def _folder(out:Path, stage:Stage, varied:dict[str, Any])->Path:

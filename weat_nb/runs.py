@@ -120,6 +120,7 @@ def open_run(
     path:str|Path, # the run folder; made if it does not exist
     config:dict[str, Any], # flat and JSON-serialisable
     resume:bool = True, # take up what is there; False refuses a folder that already holds a run
+    defaults:Mapping[str, Any] = {}, # what a name means that a config does not have
 )->Path: # the run folder
     "Make a run folder, or take one up whose config is the same"
     path, config = Path(path), json.loads(json.dumps(config))
@@ -136,8 +137,9 @@ def open_run(
     try: old = _json_object(file.read_bytes())
     except ValueError as e:
         raise ValueError(f'{file} is damaged ({e}): restore it, or name another run_dir') from e
-    if old != config:
-        raise ValueError(f'{path} holds a run of another config ({differences(old, config)}): '
+    usual = json.loads(json.dumps(dict(defaults)))
+    if other := differences({**usual, **old}, {**usual, **config}):
+        raise ValueError(f'{path} holds a run of another config ({other}): '
                          'name another run_dir, or give the same parameters')
     for half in halves: half.unlink()
     return path

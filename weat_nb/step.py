@@ -27,9 +27,9 @@ from torch.nn import functional as F
 
 from .attacks import ascent_loss, pgd_loop, starting_point
 from .data import check_images
-from .distributed import SyncBatchNorm2d
+from .distributed import SyncBatchNorm2d, data_parallel
 from .guards import eval_mode
-from .losses import get_objective
+from .losses import Objective, get_objective
 
 # %% ../nbs/10_speed.ipynb #b2fb3069
 def reference_step(
@@ -37,7 +37,7 @@ def reference_step(
     x:Tensor, # (B, C, H, W) images in [0, 1]
     y:Tensor, # (B,) labels
     *,
-    objective:str = 'weat_adv', # a name of `OBJECTIVES` that has an attack
+    objective:str|Objective = 'weat_adv', # as for `get_objective`, with an attack
     beta:float|None = None, # weight of the second term; None: the objective's default
     eps:float, # radius of the l-inf ball, pixels in [0, 1]
     step_size:float, # attack step, pixels in [0, 1]
@@ -65,7 +65,7 @@ def reference_step(
 
 # %% ../nbs/10_speed.ipynb #c930bfc1
 def forward_passes(
-    objective:str, # a name of `OBJECTIVES`
+    objective:str|Objective, # a name of `OBJECTIVES`, the address of a row, or a row
     steps:int, # attack steps
     hoist:bool = True, # is the target of the KL attack computed once?
 )->int: # forward-pass equivalents of one update
@@ -74,7 +74,7 @@ def forward_passes(
     # at the natural images: only KL reads their logits
     target = {None: 0, 'ce': 0, 'dlr': 0, 'kl': 1 if hoist else steps}
     if o.attack not in target:
-        raise ValueError(f"objective {objective!r} attacks by {o.attack!r}, whose passes are not "
+        raise ValueError(f"objective {o.name!r} attacks by {o.attack!r}, whose passes are not "
                          "known: its row must name ce, dlr, kl or None")
     return target[o.attack] + 2*steps*(o.attack is not None) + 3*(o.needs_clean + o.needs_adv)
 
@@ -309,7 +309,7 @@ class TrainStep:
     "One adversarial update short of the optimiser: attack a batch, leave the objective's gradients"
     def __init__(self,
         model:nn.Module, # logits from images in [0, 1]
-        objective:str, # a name of `OBJECTIVES`
+        objective:str|Objective, # a name of `OBJECTIVES`, the address of a row, or a row
         *,
         eps:float, # radius of the l-inf ball, pixels in [0, 1]
         step_size:float, # attack step, pixels in [0, 1]
@@ -320,6 +320,7 @@ class TrainStep:
         self.model, self.objective, self.beta, self.config = (
             model, get_objective(objective), beta, config)
         self.eps, self.step_size, self.steps = eps, step_size, steps
+        self.parallel:nn.Module|None = None # the model, averaging gradients over the processes
         self.graphs:dict[tuple[torch.Size, torch.dtype], # by shape and type of the images
                          tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self.device_type, self.checked = next(model.parameters()).device.type, False
@@ -409,13 +410,15 @@ class TrainStep:
         "Attack, then back-propagate the objective; gradients are left in the parameters"
         o = self.objective
         if o.attack and x_adv is None: x_adv = self.attack(x, y, generator, start)
-        self.model.train()
+        # made by the step that is used: of two over the same weights one would wait for ever
+        if self.parallel is None: self.parallel = data_parallel(self.model)
+        model = self.parallel.train()
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         with exact_float32(not self.config.bf16):
-            with side_by_side(self.model, self.config.side_by_side), torch.autocast(
+            with side_by_side(model, self.config.side_by_side), torch.autocast(
                     self.device_type, torch.bfloat16, enabled=self.config.bf16):
-                logits = self.model(x.contiguous(memory_format=layout)) if o.needs_clean else None
-                logits_adv = (self.model(x_adv.contiguous(memory_format=layout))
+                logits = model(x.contiguous(memory_format=layout)) if o.needs_clean else None
+                logits_adv = (model(x_adv.contiguous(memory_format=layout))
                               if o.needs_adv and x_adv is not None else None)
             loss = o.loss(logits, logits_adv, y, beta=self.beta, weighted=weighted)
             loss.backward()

@@ -18,7 +18,7 @@ from .energy import marginal_energy
 from .guards import eval_mode
 from .runs import Progress
 from .step import exact_float32
-from .train import TrainConfig, measure_energies, summarise, train_epoch, training_step
+from .train import TrainConfig, make_training, measure_energies, summarise, train_epoch
 
 # %% ../nbs/07_subsets.ipynb #d0509d0a
 @torch.no_grad()
@@ -121,16 +121,18 @@ def train_on(
     if config.aux_fraction:
         raise ValueError(f'aux_fraction = {config.aux_fraction:g} is not allowed: train_on has '
                          'the images that it is given; mix synthesised ones into them, or use fit')
+    if eval_every < 1:
+        raise ValueError(f'eval_every = {eval_every} is not allowed: it must be at least 1')
     if len(train) < config.batch_size:
         raise ValueError(f'batch_size = {config.batch_size} is not allowed: '
                          f'there are only {len(train)} training images')
-    step, optimizer = training_step(model, config)
+    training = make_training(model, config)
     train, test = train.to(device), test.to(device)
     for epoch in range(1, config.epochs + 1):
-        loss = train_epoch(model, step, optimizer, train, epoch, config,
+        loss = train_epoch(training, train, epoch, config,
                            augmented=augmented, progress=progress)
         if epoch % eval_every and epoch < config.epochs: continue
-        measured = measure_energies(model, test, eps=config.eps, step_size=config.eps/4,
-                                    steps=eval_steps, seed=config.seed)
+        measured = measure_energies(training.evaluated, test, eps=config.eps,
+                                    step_size=config.eps/4, steps=eval_steps, seed=config.seed)
         history.append(dict(epoch=epoch, loss=loss, **summarise(measured)))
     return history

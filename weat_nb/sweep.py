@@ -25,6 +25,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from .grid import PLACE, Run, notebook_parameters, read_grid
 from .runs import Progress, best_row, lock_run, read_lines, write_text
 
@@ -221,6 +223,17 @@ def run_slurm(
         subprocess.run(['scancel', *ids], capture_output=True)
         raise
 
+# %% ../nbs/parts/sweep.ipynb #76f346d6
+def _selected(folder:Path, history:list[dict[str, Any]])->dict[str, Any]:
+    "The epoch whose model a training run has kept; of one that has not ended, the best so far"
+    kept, config = folder/'best.safetensors', folder/'config.json'
+    if kept.exists():
+        with safe_open(kept, 'np') as file: note = json.loads(file.metadata()['weat_nb'])
+        epoch = note['metadata']['metadata']['epoch']
+        return next(row for row in history if row['epoch'] == epoch)
+    return best_row(history, json.loads(config.read_text(encoding='utf-8')).get('objective')
+                             if config.exists() else None)
+
 # %% ../nbs/parts/sweep.ipynb #c917cb89
 def scores(
     folder:Path, # of a run
@@ -228,11 +241,9 @@ def scores(
     "What a run reached, from its metrics and its evaluation records"
     found:dict[str, Any] = {}
     for file in sorted(folder.glob('*/metrics.jsonl')):
-        config, history = (file.with_name('config.json'),
-                           [row for row in read_lines(file) if 'pgd' in row])
+        history = [row for row in read_lines(file) if 'pgd' in row]
         if not history: continue
-        best = best_row(history, json.loads(config.read_text(encoding='utf-8')).get('objective')
-                                 if config.exists() else None)
+        best = _selected(file.parent, history)
         found |= {'selected epoch': best['epoch'], 'held-out clean (%)': best['clean'],
                   'held-out PGD-20 (%)': best['pgd']}
     for file in sorted(folder.glob('*/*.json')):
@@ -265,7 +276,10 @@ def _write_summary(runs:list[Run])->str:
     table.writeheader()
     table.writerows(rows)
     write_text(folder/'summary.csv', text.getvalue())
-    markdown = Table(rows)._repr_markdown_()
+    # what was given in full: two decimals would make 0 of a weight decay
+    told = [{k: f'{v:g}' if isinstance(v, float) and k in run.stages[0].given else v
+             for k, v in row.items()} for run, row in zip(runs, rows)]
+    markdown = Table(told)._repr_markdown_()
     write_text(folder/'summary.md', markdown + '\n')
     return markdown
 
