@@ -2,6 +2,7 @@
 refused, and the results page"""
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pyautoattack import AutoAttack
@@ -16,15 +18,17 @@ from safetensors.torch import save_file
 from test_bad_parameters import page
 from torch import nn
 
+from weat_nb.checkpoints import CheckpointError, save_checkpoint
 from weat_nb.data import ImageData, load_dataset, to_float
 from weat_nb.evaluate import (
     EvaluationWarning, _result, attack_batch, evaluate, hardware, load_model, weights_sha256,
 )
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
+from weat_nb.pretrained import load_pretrained
 from weat_nb.records import (
-    PAPER_RESULTS, measured_table, not_run_yet, paper_numbers, paper_table, read_records,
-    record_rows,
+    _OBJECTIVES, PAPER_RESULTS, measured_table, not_run_yet, paper_numbers, paper_table,
+    read_records, record_rows,
 )
 from weat_nb.runs import lock_file
 
@@ -90,6 +94,7 @@ def test_autoattack_is_pyautoattacks(short, batch_size, seed):
     assert len(set(result['after'].values())) > 2
 
 
+@pytest.mark.slow
 def test_whole_autoattack():
     """At its full length, on four images: wrong from the beginning, broken by APGD on CE, broken by
     the targeted APGD, and one that FAB and Square do not break either"""
@@ -135,6 +140,7 @@ print(t.json.dumps(t.numbers(record)))
 """)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     """Killed by the system in the middle of its work, three times, and taken up: the numbers of one
     that ran through"""
@@ -276,12 +282,14 @@ def record_of(training, dataset='cifar10', **accuracies):
 
 def test_rows_stand_in_the_order_of_the_objectives(tmp_path):
     "One from outside after them, a model of unknown training last; in the table as in the list"
-    names = [*OBJECTIVES, 'a_loss_of_ones_own', None]
+    known = list(_OBJECTIVES) # the first of the table; one that is added stands behind them
+    assert known == list(OBJECTIVES)[:len(known)]
+    names = [*known, 'a_loss_of_ones_own', None]
     for i, name in enumerate(reversed(names)):
         (tmp_path/f'{i:02}.json').write_text(json.dumps(record_of(name and dict(objective=name))))
-    records = read_records(tmp_path)
-    assert [(r['model']['training'] or {}).get('objective') for r in records] == names
-    assert [r['objective'] for r in measured_table(records)] == [*names[:-1], 'run']
+    found = read_records(tmp_path)
+    assert [(r['model']['training'] or {}).get('objective') for r in found] == names
+    assert [r['objective'] for r in measured_table(found)] == [*names[:-1], 'run']
 
 
 SIX = ['sat', 'trades', 'mart', 'mail_trades', 'weat_nat', 'weat_adv']
@@ -488,6 +496,153 @@ def test_bare_weights(ending, tmp_path):
         load_model(tmp_path/f'nothing{ending}', arch='resnet8', dataset='fashion_mini')
 
 
+NET = """
+from torch import nn
+
+class Net(nn.Module):
+    "Its layers lie one level deeper, as in many networks"
+    def __init__(self, num_classes, in_channels, image_size):
+        super().__init__()
+        self.model = nn.Sequential(nn.Conv2d(in_channels, 4, 5, stride=4), nn.BatchNorm2d(4),
+                                   nn.Flatten(), nn.LazyLinear(num_classes))
+
+    def forward(self, x): return self.model(x)
+
+def make(*sizes): return Net(*sizes)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    "A folder with a network of one's own, and its checkpoint beside it"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'my_net.py').write_text(NET)
+    model = create_model('my_net.py:make', 10, 1, 28, seed=1)
+    metadata = dict(epoch=3, config=dict(dataset='fashion_mini', objective='sat'))
+    save_checkpoint('run/best.safetensors', model, metadata=metadata)
+    return model.eval()
+
+
+def same(a, b):
+    x = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): return torch.equal(a(x), b(x))
+
+
+def test_a_checkpoint_of_ones_own_network(own, tmp_path):
+    "Named by its code it is a checkpoint, with what it says of its training"
+    path = 'run/best.safetensors'
+    for load in (load_pretrained, load_model):
+        with pytest.raises(CheckpointError, match="may not run: name that code by arch"): load(path)
+    (tmp_path/'my_net.py').rename(tmp_path/'moved.py')
+    model, about, dataset = load_model(path, arch='moved.py:make')
+    assert same(model, own) and (about['epoch'], dataset) == (3, 'fashion_mini')
+    assert about['training'] == dict(dataset='fashion_mini', objective='sat')
+    record = evaluate(model, load_dataset(dataset, 'test')[:4], ('clean',), about=about,
+                      show=False).record['model'] # of code it keeps the content, not the place
+    assert re.fullmatch('make@[0-9a-f]{12}', record['arch'])
+    assert record['config']['arch'] == record['arch'] and 'moved' not in json.dumps(record)
+    with pytest.raises(ValueError, match='mean and std belong to bare weights.*leave them out'):
+        load_model(path, arch='moved.py:make', mean=[.5], std=[.5])
+    (tmp_path/'moved.py').write_text(NET.replace('4, 5, stride', '8, 5, stride').replace(
+        'BatchNorm2d(4)', 'BatchNorm2d(8)'))
+    with pytest.raises(CheckpointError, match='which is not the model given'):
+        load_model(path, arch='moved.py:make')
+
+
+@pytest.mark.parametrize('arch', ['resnet8', 'timm:resnet10t'])
+def test_a_checkpoint_that_says_its_network(arch, tmp_path):
+    "It needs no arch, takes the right one, and no other"
+    if arch.startswith('timm:'): pytest.importorskip('timm')
+    made, path = create_model(arch, 10, 1, 28, seed=0).eval(), tmp_path/'best.safetensors'
+    save_checkpoint(path, made, metadata=dict(epoch=2, config=dict(dataset='fashion_mini')))
+    for given in (None, arch):
+        model, about, dataset = load_model(path, arch=given)
+        assert same(model, made) and (about['epoch'], dataset) == (2, 'fashion_mini')
+    with pytest.raises(ValueError, match=f'holds {arch} for .*, not resnet20: leave arch out'):
+        load_model(path, arch='resnet20')
+
+
+def test_images_of_ones_own_must_be_named(tmp_path, monkeypatch):
+    "Whatever the file is called"
+    monkeypatch.chdir(tmp_path)
+    model, path = create_model('resnet8', 3, 1, 8, seed=0), 'cifar10-run.safetensors'
+    save_checkpoint(path, model, metadata=dict(config=dict(dataset='images@0123456789ab')))
+    with pytest.raises(ValueError, match="images@0123456789ab, and does not say where they are: "
+                                         "give dataset, one of .* an .npz file"):
+        load_model(path)
+    np.savez('mine.npz', image=np.zeros((9, 8, 8), np.uint8), label=np.arange(9) % 3)
+    assert load_model(path, dataset='mine.npz')[2] == 'mine.npz'
+
+
+@pytest.mark.parametrize('ending', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_bare_weights_of_ones_own_network(ending, wrapped, own):
+    "Saved by its owner, whose names begin with model., or as create_model wraps it"
+    state = (own if wrapped else own.network).state_dict()
+    save_file(state, f'bare{ending}') if ending == '.safetensors' else torch.save(
+        state, f'bare{ending}')
+    np.savez('mine.npz', image=np.zeros((20, 28, 28), np.uint8), label=np.arange(20) % 10)
+    model, about, _ = load_model(f'bare{ending}', arch='my_net.py:make', dataset='mine.npz')
+    assert same(model, own) and 'training' not in about
+
+
+def test_bare_weights_of_timm(tmp_path):
+    pytest.importorskip('timm')
+    made, path = create_model('timm:resnet10t', 10, 1, 28, seed=0).eval(), tmp_path/'bare.pth'
+    torch.save(made.network.state_dict(), path)
+    assert same(load_model(path, arch='timm:resnet10t', dataset='fashion_mini')[0], made)
+
+
+def folder(chapter, **parameters):
+    "The name that a chapter gives its run folder"
+    names = page(root/'nbs'/f'{chapter}.ipynb').run(device='cpu', **parameters)
+    if chapter == '09_evaluate': return names['config'].folder()
+    cells = json.loads((root/'nbs'/f'{chapter}.ipynb').read_text(encoding='utf-8'))['cells']
+    opens = next(s for c in cells if 'run_dir = open_run(' in (s := ''.join(c['source'])))
+    class Opened(Exception): pass
+    def open_run(path, *args, **options): raise Opened(Path(path).name)
+    with pytest.raises(Opened) as caught: exec(opens, {**names, 'open_run': open_run})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize('chapter, parameters, name', [
+    ('06_landscapes', {}, 'landscapes-fashion_mini'),
+    ('07_subsets', {}, 'subsets-fashion_mini-resnet8-cac89ac6'),
+    ('07_subsets', dict(judge='train', judge_epochs=2), 'subsets-fashion_mini-resnet8-47b988c3'),
+    ('08_generate', {}, 'generate-fashion_mini-pca-0'),
+    ('09_evaluate', {}, 'evaluate-fashion_mini-weat_adv-resnet8-d0e1f5d9'),
+    ('11_single_step', {}, 'single_step-fashion_mini-128bc7f2'),
+    ('11_single_step', dict(objectives='sat, der  der_single_step', beta=2, arch='resnet8', eps=.2),
+     'single_step-fashion_mini-53106008')])
+def test_run_folders_keep_their_names(chapter, parameters, name):
+    "Of the first release: a parameter that came later has not orphaned them"
+    assert folder(chapter, **parameters) == name
+
+
+def test_run_folders_of_ones_own_go_by_content(own, tmp_path):
+    "The same wherever the files lie, and another when a file changes"
+    (tmp_path/'my_loss.py').write_text(
+        'from dataclasses import replace\nfrom weat_nb.losses import OBJECTIVES\n'
+        "row = replace(OBJECTIVES['sat'], name='mine')\n")
+    np.savez('mine.npz', image=np.zeros((99, 28, 28), np.uint8), label=np.arange(99) % 10)
+    there = tmp_path/'deeper/there'
+    there.mkdir(parents=True)
+    for name in ('my_net.py', 'my_loss.py', 'mine.npz'): shutil.copy(tmp_path/name, there/name)
+    shared = dict(weight_decay=0, num_train=10, num_test=2)
+    def names(where):
+        data, arch = f'{where}/mine.npz', f'{where}/my_net.py:make'
+        return [folder('11_single_step', dataset=data, arch=arch,
+                       objectives=f'sat {where}/my_loss.py:row', **shared),
+                folder('07_subsets', dataset=data, arch=arch, num_val=9, eps=.1, lr=.1, **shared),
+                # of its checkpoint it keeps the path
+                folder('09_evaluate', dataset=data, arch=arch, checkpoint='run/best.safetensors')]
+    first = names('.')
+    assert names(there) == first and not any(set(name) & set('/:') for name in first)
+    for name in ('my_net.py', 'my_loss.py'):
+        (there/name).write_text((there/name).read_text() + '# changed\n')
+    assert [a == b for a, b in zip(names(there), first)] == [False, False, False]
+
+
 def test_robustbench_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, 'robustbench', None)
     with pytest.raises(ImportError, match='needs the package robustbench.*pip install'):
@@ -508,6 +663,7 @@ def test_bad_parameters_stop_before_any_work(parameters, message, tmp_path, monk
 results = root/'nbs/results/index.ipynb'
 
 
+@pytest.mark.slow
 def test_results_page_shows_the_records(tmp_path):
     "The saved page is what its records give when it is run again"
     import papermill

@@ -26,16 +26,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import __version__
 from .attacks import attack, pgd
-from .checkpoints import CheckpointError, file_sha256, load_checkpoint, model_tensors
-from .data import DATASETS, ImageData, to_float
+from .checkpoints import file_sha256, load_checkpoint, model_tensors
+from .data import DATASETS, OWN_DATA, ImageData, dataset_spec, is_own_dataset, to_float
 from .guards import GradientMaskingWarning, check_name, eval_mode, kept_rng
-from .models import create_model
+from .own import own_content
 from .params import suggest
 from .plots import Table
 from .pretrained import PUBLIC_MODELS, load_pretrained, load_weights, pretrained_note
@@ -305,6 +304,8 @@ def evaluate(
     device = next(model.parameters()).device
     identity = dict(weights_sha256=weights_sha256(model), dataset=data.name, split=split,
                     images_sha256=data.sha256(), seed=seed, device=device.type, **_versions())
+    config = getattr(model, 'config', None) or {}
+    arch = own_content('arch', config.get('arch')) or type(model).__name__
 
     def work(a:str)->int: return sum(attack_passes(a, settings[a]).values())
     progress = Progress(sum(counts[a]*work(a) for a in attacks), 'evaluation', show=show)
@@ -353,9 +354,9 @@ def evaluate(
                    + ', '.join(f"{r['attack']} {r['accuracy']:.1f} %" for r in results))
     found = suspicions(results, data.name)
     for text in found: warnings.warn(text, EvaluationWarning, stacklevel=2)
-    arch = getattr(model, 'config', {}).get('arch') or type(model).__name__
     words = {'name': arch, **dict(about or {}), 'arch': arch,
-             'config': getattr(model, 'config', None), 'weights_sha256': identity['weights_sha256']}
+             'config': {**config, 'arch': arch} if config else None,
+             'weights_sha256': identity['weights_sha256']}
     return Evaluation(dict(
         format=_FORMAT, model=words,
         data={k: identity[k] for k in ('dataset', 'split', 'images_sha256')}, seed=seed,
@@ -427,16 +428,13 @@ def _measuring(model:nn.Module)->Iterator[None]:
 
 
 # %% ../nbs/09_evaluate.ipynb #97ef8464
-def _bare_weights(path:Path, arch:str, **options:Any)->nn.Module:
-    "A network of a known architecture with the tensors of a file, safetensors or torch.save"
-    if path.suffix != '.safetensors': return load_weights(path, arch, **options)
-    if not path.is_file(): raise FileNotFoundError(f'no weights at {path}')
-    model = create_model(arch, **options, seed=0)
-    try: model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as e:
-        raise CheckpointError(f'{path} does not hold the weights of {arch}: '
-                              f'{" ".join(str(e).split())[:300]}') from e
-    return model.eval()
+def _is_checkpoint(path:Path)->bool:
+    "Does a file say what network it holds, as `save_checkpoint` writes it?"
+    if not path.is_file(): return False
+    try:
+        with safe_open(path, 'pt') as file: note = (file.metadata() or {}).get('weat_nb', '{}')
+    except SafetensorError: return False
+    return 'config' in json.loads(note).get('metadata', {})
 
 # %% ../nbs/09_evaluate.ipynb #8074e539
 def load_model(
@@ -444,7 +442,8 @@ def load_model(
     # with arch, of a state dict (.pth, .pt, .safetensors)
     checkpoint:str|os.PathLike,
     *,
-    arch:str|None = None, # a name of `ARCHS`, for bare weights
+    # as in `create_model`, for bare weights, and for a checkpoint of a network of one's own
+    arch:str|None = None,
     dataset:str|None = None, # whose classes and images they are for; None: what the model says
     mean:Sequence[float]|None = None, # by channel, of the pixels that bare weights were trained on
     std:Sequence[float]|None = None, # likewise
@@ -454,31 +453,34 @@ def load_model(
     "A model, and what a record should say about it"
     path, name = Path(checkpoint).expanduser(), str(checkpoint)
     about:dict[str, Any] = dict(name=name)
-    if arch is None and (mean or std):
-        raise ValueError('mean and std belong to bare weights: give arch, too')
-    if arch is not None:
+    if path.is_file(): # the folder's name, not where it lies
+        about = dict(name='/'.join(path.parts[-2:]), file_sha256=file_sha256(path))
+    if arch is not None and not _is_checkpoint(path):
         if dataset is None:
             raise ValueError(f'arch = {arch!r} says that {name} holds bare weights: '
                              'name the dataset that they are for, too')
-        check_name('dataset', dataset, DATASETS)
-        spec, normal = DATASETS[dataset], dict(mean=mean, std=std) if mean or std else {}
-        shape = dict(num_classes=spec.num_classes, in_channels=spec.in_channels,
-                     image_size=spec.image_size)
-        model = _bare_weights(path, arch, **shape, **normal)
-    else: model = load_pretrained(checkpoint, root=root)
-    if path.is_file(): # the folder's name, not where it lies
-        about = dict(name='/'.join(path.parts[-2:]), file_sha256=file_sha256(path))
-    if path.is_file() and arch is None:
-        metadata = load_checkpoint(path)[1]
+        if not is_own_dataset(dataset): check_name('dataset', dataset, DATASETS)
+        spec, normal = dataset_spec(dataset), dict(mean=mean, std=std) if mean or std else {}
+        model = load_weights(path, arch, spec.num_classes, spec.in_channels, spec.image_size,
+                             **normal)
+    elif mean or std:
+        raise ValueError('mean and std belong to bare weights: ' + (
+            'give arch, too' if arch is None else f'{name} is a checkpoint; leave them out'))
+    elif path.is_file():
+        model, metadata = load_checkpoint(path, arch=arch)
         about.update(epoch=metadata.get('epoch'), training=metadata.get('config'))
-    elif name in PUBLIC_MODELS:
-        about.update(source=PUBLIC_MODELS[name].source, file_sha256=PUBLIC_MODELS[name].sha256)
-    elif arch is None and not name.startswith('robustbench:'):
-        note = pretrained_note(name, root)[1]
-        about.update(file_sha256=note['sha256'], epoch=note['epoch'], training=note['config'])
-    dataset = (dataset or (about.get('training') or {}).get('dataset')
-               or next((d for d in DATASETS if name.startswith(d + '-')), None))
+    else:
+        model = load_pretrained(checkpoint, root=root)
+        if name in PUBLIC_MODELS:
+            about.update(source=PUBLIC_MODELS[name].source, file_sha256=PUBLIC_MODELS[name].sha256)
+        elif not name.startswith('robustbench:'):
+            note = pretrained_note(name, root)[1]
+            about.update(file_sha256=note['sha256'], epoch=note['epoch'], training=note['config'])
+    trained = (about.get('training') or {}).get('dataset')
+    dataset = (dataset or (trained if trained in DATASETS else None)
+               or next((d for d in DATASETS if name.startswith(d + '-') and not trained), None))
     if dataset is None:
-        raise ValueError(f'which data set {name} is for is not known: '
-                         f'give dataset, one of {", ".join(DATASETS)}')
+        why = (f"{name} was trained on images of one's own, {trained}, and does not say where "
+               'they are' if trained else f'which data set {name} is for is not known')
+        raise ValueError(f'{why}: give dataset, one of {", ".join(DATASETS)}, or {OWN_DATA[1]}')
     return model.to(device).eval(), about, dataset

@@ -264,12 +264,11 @@ def sgld(
     _check_sgld(x0, y, steps, step_size, friction, noise_std, generator, stop_energy, keep,
                 config, batch_size)
     frozen = config.copy_of(model, torch.bfloat16 if config.bf16 else None)
-    levels, parts = (torch.full_like(y, -math.inf, dtype=torch.float32)
-                     if stop_energy is None else stop_energy), []
+    levels, parts = stop_energy, []
+    if levels is None: levels = torch.full_like(y, -math.inf, dtype=torch.float32)
     for x, labels, level in zip(*(t.split(batch_size) for t in (x0.detach(), y, levels))):
-        velocity, energies, frames, moving = (
-            torch.zeros_like(x), [], [], torch.ones_like(labels, dtype=torch.bool))
-        done = torch.zeros_like(labels)
+        velocity, energies, frames = torch.zeros_like(x), [], []
+        moving, done = torch.ones_like(labels, dtype=torch.bool), torch.zeros_like(labels)
         for step in range(steps + 1):
             if step in keep: frames.append(x)
             x = x.detach().requires_grad_() # the frame asks for no gradient

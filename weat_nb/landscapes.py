@@ -64,15 +64,16 @@ def steps_record(
 )->dict[str, Tensor]: # (S, B) each: energy, joint, correct after each count of steps
     "Energies along one run of an attack of fixed steps (supplement A.1, Figs. A and B)"
     check_name('name', name, FIXED_STEPS)
-    loss = ATTACKS[name].settings['loss']
+    own = ATTACKS[name].settings
+    loss, start = own['loss'], own.get('start', 'gaussian' if own['loss'] == 'kl' else 'uniform')
     if list(counts) != sorted(set(counts)) or not counts or counts[0] < 0:
         raise ValueError(f'counts = {list(counts)} must be different numbers of steps, 0 or more, '
                          'ascending')
     with torch.no_grad(): clean = net(x)
     target = random_targets(y, clean.shape[1], generator) if ATTACKS[name].targeted else None
     ascend = ascent_loss(loss, y, target, clean)
-    x_adv, done, found, values = starting_point(
-        x, eps, start='gaussian' if loss == 'kl' else 'uniform', generator=generator), 0, [], []
+    x_adv = starting_point(x, eps, start=start, generator=generator)
+    done, found, values = 0, [], []
     for count in counts:
         x_adv, along = pgd_loop(net, x, x_adv, ascend, eps=eps, step_size=step_size,
                                 steps=count - done)
