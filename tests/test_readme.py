@@ -17,6 +17,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from papermill.cli import _resolve_type as papermill_value
+from PIL import Image
 
 root = Path(__file__).parent.parent
 pages = [root/'README.md', root/'CONTRIBUTING.md', *sorted(
@@ -34,6 +35,16 @@ QUICK = { # appended to README's commands, so that they take seconds
     '11_single_step': dict(epochs=1, num_train=64, num_test=20, seeds=1, eval_steps=1),
     '12_scaling': dict(rounds=1, updates=1, batch_size=8, attack_steps=1, batch_sizes='4,',
                        steps='2,', widths='1,', processes=None)}
+OWN = """# what a file of the reader's may hold
+from torch import nn
+from weat_nb.data import load_dataset
+from weat_nb.losses import OBJECTIVES
+row = OBJECTIVES['trades']
+def recipe(training, config): return training
+def make(num_classes, in_channels, image_size):
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels*image_size**2, num_classes))
+def load(split): return load_dataset('fashion_mini', split)[:64]
+"""
 FOLDERS = dict( # of real data in WEAT_DATA
     cifar10='cifar-10-batches-py', cifar100='cifar-100-python', svhn='train_32x32.mat',
     tiny_imagenet='tiny-imagenet-200')
@@ -228,6 +239,15 @@ def test_commands_are_accepted(page, tmp_path, monkeypatch):
     for words in commands(text_of(page)):
         if placeholder(words): continue
         # files of the reader's
+        for own in (tmp_path/w.partition(':')[0] for w in words
+                    if re.fullmatch(r'[\w./-]+\.py:\w+', w)):
+            own.parent.mkdir(parents=True, exist_ok=True)
+            own.write_text(OWN)
+        # and a folder of images
+        for name in (b for a, b in zip(words, words[1:]) if a == 'dataset' and b == 'my_images'):
+            for folder in (tmp_path/name/'cats', tmp_path/name/'dogs'):
+                folder.mkdir(parents=True, exist_ok=True)
+                for i in range(5): Image.new('L', (28, 28)).save(folder/f'{i}.png')
         for own in (tmp_path/w for w in words
                     if re.fullmatch(r'[\w./-]+\.(safetensors|pth|npz)', w)):
             own.parent.mkdir(parents=True, exist_ok=True)
@@ -269,6 +289,7 @@ def where(folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('words', [pytest.param(w, id=' '.join(w))
                                    for w in {tuple(c): None for c in commands(readme)}])
 def test_readme_command_runs(words, tmp_path, monkeypatch):
