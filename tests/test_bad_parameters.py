@@ -262,6 +262,7 @@ def test_good_values_pass(notebook, nowhere):
     if notebook.stem == 'index': (nowhere/'records').rmdir()
 
 
+@pytest.mark.slow
 def test_papermill_does_the_same(survived, nowhere, monkeypatch):
     """The cell that papermill writes is the one that is tried above, its error the same, and
     nothing lies about afterwards"""

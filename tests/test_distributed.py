@@ -54,6 +54,7 @@ def children():
     return [p for p in pids if b'resource_tracker' not in Path(f'/proc/{p}/cmdline').read_bytes()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
 def test_nothing_is_left(tmp_path, monkeypatch):
     """After success and while an error is held: no port, no child, the caller's signal handlers,
@@ -79,6 +80,7 @@ def test_nothing_is_left(tmp_path, monkeypatch):
 def two_processes(): return run('together')
 
 
+@pytest.mark.slow
 def test_two_train_as_one(two_processes):
     "SAT and TRADES with resnet8, five updates in float64"
     for one, two in zip(workers.both(), two_processes['both']):
@@ -110,6 +112,7 @@ def test_batchnorm_alone():
         synchronise_batchnorm(nn.Sequential(nn.BatchNorm2d(2, affine=False)))
 
 
+@pytest.mark.slow
 def test_killed_process_is_made_up_for(tmp_path, caplog):
     assert run('count', str(tmp_path), 4, 3) == [2, 4, 2]
     assert {p.name for p in tmp_path.glob('attempt-*')} == {
@@ -119,12 +122,14 @@ def test_killed_process_is_made_up_for(tmp_path, caplog):
     assert not any(alive(p.read_text()) for p in tmp_path.glob('attempt-*'))
 
 
+@pytest.mark.slow
 def test_restarts_end(tmp_path):
     with pytest.raises(WorkerError, match='(1 was ended by SIGKILL|0 lost another one), '
                                           'and there were 0 restarts already'):
         run('count', str(tmp_path), 4, 1, 9, max_restarts=0)
 
 
+@pytest.mark.slow
 def test_error_arrives(tmp_path):
     "With the worker's words and traceback, without a restart"
     with pytest.raises(WorkerError, match=r'^process 1 stopped with ValueError: '
@@ -162,6 +167,7 @@ def test_bad_function():
 def script(code): return [sys.executable, '-c', code]
 
 
+@pytest.mark.slow
 def test_two_machines(tmp_path):
     "Two launchers meet at one address; process 0 is on machine 0; a loss on one restarts both"
     with socket.socket() as s:

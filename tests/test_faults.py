@@ -39,12 +39,7 @@ TINY = dict(num_train=64, num_val=4, attack_steps=1, batch_size=32, precision='f
             device='cpu')
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def test_the_page_says_what_the_tests_inject():
@@ -81,6 +76,7 @@ def no_halves(folder): assert not [p for p in Path(folder).rglob('*') if p.name.
 FORK = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 
 
+@pytest.mark.slow
 @FORK
 def test_a_run_killed_fifty_times(tmp_path, survived):
     killed, runs = (kill_often('train', tmp_path, 50),

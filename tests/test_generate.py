@@ -95,6 +95,7 @@ def test_class_pca_cache(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif('WEAT_DATA' not in os.environ, reason='needs the real CIFAR-10 in $WEAT_DATA')
 def test_components_of_cifar10():
     """The authors' notebook prints 23, 73, 163 and 514 components of the first class: each one

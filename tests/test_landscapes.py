@@ -176,6 +176,7 @@ def test_shift_is_negative_to_the_left():
 def verdicts(rows): return {r['claim']: r['verdict'] for r in rows}
 
 
+@pytest.mark.slow
 def test_claims_are_supported_where_they_are_true_and_not_where_they_are_false():
     bimodal = record(move=-3, correct=.3)
     bimodal['joint_adv'] = torch.where(

@@ -46,6 +46,10 @@ def tables(nb):
             for o in c['outputs'] if 'text/markdown' in o.get('data', {})]
 
 
+SLOW = {'01_trades_ebm', '02_attacks', '05_dynamics', '06_landscapes', '07_subsets',
+        '08_generate', '10_speed', '12_scaling', 'any_model', 'carlini_wagner', 'distributed',
+        'index', 'models', 'monitor', 'own_checkpoint', 'own_data', 'own_loss', 'own_recipe',
+        'sweep', 'verdicts', 'whole_paper'}
 # pages of tables that are computed from records and costs, not measured:
 # they say the same everywhere
 COMPUTED = {
@@ -62,7 +66,9 @@ def environment(tmp_path, monkeypatch):
 train = root/'nbs/04_train_weat.ipynb'
 
 
-@pytest.mark.parametrize('path', [p for p in sources if p != train], ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', [
+    pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else [])
+    for p in sources if p != train])
 def test_runs(path, tmp_path):
     fresh = run(path, tmp_path, **PARAMETERS.get(path.stem, {}))
     if path.stem not in COMPUTED: return
@@ -71,6 +77,7 @@ def test_runs(path, tmp_path):
     assert COMPUTED[path.stem](tables(fresh))
 
 
+@pytest.mark.slow
 def test_parameters_do_what_they_say(tmp_path):
     "The training chapter runs, and each value arrives in the run's config and in the report"
     parameters = {**QUICK, **dict(objective='trades', seed=3, beta=2)}

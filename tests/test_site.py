@@ -79,8 +79,7 @@ def looks(prepared, tmp_path_factory):
     return broken, found
 
 
-def test_links_lead_somewhere(looks):
-    broken, found = looks
+def links_lead_somewhere(broken, found):
     assert not broken
     assert not {name: look['wide']['dangling'] for name, look in found.items()
                 if look['wide']['dangling']}
@@ -89,14 +88,13 @@ def test_links_lead_somewhere(looks):
                 if look['wide']['unlinked']}
 
 
-def test_pages_load(looks):
-    _, found = looks
+def pages_load(broken, found):
     for name, look in found.items():
         assert look['title'] and not look['errors'], (name, look['errors'])
 
 
-def test_figures_are_shown(looks):
-    for name, look in looks[1].items():
+def figures_are_shown(broken, found):
+    for name, look in found.items():
         pictures = sum('image/png' in o.get('data', {})
                        for c in look['nb']['cells'] for o in c.get('outputs', []))
         captions = sum('#| fig-cap' in ''.join(c['source'])
@@ -105,8 +103,8 @@ def test_figures_are_shown(looks):
         assert look['wide']['images'] >= pictures and look['wide']['figures'] >= captions, name
 
 
-def test_equations_are_shown(looks):
-    for name, look in looks[1].items():
+def equations_are_shown(broken, found):
+    for name, look in found.items():
         text = '\n'.join(''.join(c['source']) for c in look['nb']['cells']
                          if c['cell_type'] == 'markdown')
         assert look['wide']['equations'] >= len(re.findall(r'\$\$', text))//2, name
@@ -114,8 +112,20 @@ def test_equations_are_shown(looks):
             name, look['wide']['tex'], look['wide']['flat'])
 
 
-def test_pages_fit_a_phone(looks):
+def pages_fit_a_phone(broken, found):
     "Nothing reaches beyond the screen but what can be scrolled by itself"
-    for name, look in looks[1].items():
+    for name, look in found.items():
         assert look['phone']['overflow'] <= 1 and not look['phone']['wide'], (
             name, look['phone']['wide'][:3])
+
+
+@pytest.mark.slow
+def test_pages_in_a_browser(looks):
+    "All that is asked of them, in one test: a second process would look at every page again"
+    checks = (links_lead_somewhere, pages_load, figures_are_shown, equations_are_shown,
+              pages_fit_a_phone)
+    wrong = []
+    for check in checks:
+        try: check(*looks)
+        except AssertionError as e: wrong.append(f'{check.__name__}: {e}')
+    assert not wrong, '\n'.join(wrong)

@@ -286,6 +286,7 @@ def test_float32_is_float32_whatever_the_caller_switched(switch):
     assert set(inside) <= {'ieee', 'none'} and after == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('objective', ['weat_adv', 'sat'])
 def test_small_maps_side_by_side_change_nothing(objective):
     """The last stage of a ResNet-18 in float64: attack, loss, gradients and statistics; the model
