@@ -243,7 +243,7 @@ class EnergyMonitor:
         window:int = 5, # calls after these, whose median is the usual level
     ):
         self.ratio, self.floor, self.warmup, self.window = ratio, floor, warmup, window
-        # an entry an epoch: epoch, delta (nats), robust (accuracy on attacked images, percent)
+        # an entry an epoch: epoch, delta (nats), robust (accuracy under attack, percent)
         self.history:list[dict[str, float]] = []
         self.warned:int|None = None # epoch of the warning
         self._clear()
