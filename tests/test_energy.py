@@ -2,12 +2,20 @@
 no heavy import."""
 
 import math
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from weat_nb.energy import delta_energy, energy_weight, joint_energy, marginal_energy
+from weat_nb.attacks import pgd
+from weat_nb.data import load_dataset
+from weat_nb.energy import (
+    NoLogitsWarning, delta_energy, energy_weight, joint_energy, marginal_energy,
+)
+from weat_nb.landscapes import energy_record
+from weat_nb.losses import get_objective
+from weat_nb.subsets import judge_images
 
 
 def batch(B=64, K=10, dtype=torch.float64, scale=5.0, seed=0):
@@ -106,7 +114,7 @@ def test_no_value_is_read():
     for result in (joint_energy(z, y), energy_weight(marginal_energy(z)),
                    delta_energy(z, z), delta_energy(z, z, y)):
         assert result.shape == (8,) and result.device.type == "meta"
-    with pytest.raises(ValueError, match=r"use y.to\(logits.device\)"):
+    with pytest.raises(ValueError, match="y is on cpu and the images are on meta"):
         joint_energy(z, torch.zeros(8, dtype=torch.int64))
 
 
@@ -140,13 +148,13 @@ Z, Y = batch(B=2, K=3)
          r"logits must have shape \(B, K\).*given \(1, 2, 3\)"),
         (lambda: marginal_energy(Z[:, :0]), ValueError, r"given \(2, 0\)"),
         (lambda: marginal_energy(Z.long()), TypeError,
-         "logits must be a floating-point tensor.*torch.int64"),
+         "logits must be a floating-point tensor.*given int64"),
         (lambda: marginal_energy(Z.tolist()), TypeError, "given list"),
-        (lambda: joint_energy(Z, Y.int()), TypeError, r"int64.*given torch.int32; use y.long\(\)"),
+        (lambda: joint_energy(Z, Y.int()), TypeError, r"int64.*given int32.*; use y.long\(\)"),
         (lambda: joint_energy(Z, 1), TypeError, "given int"),
         (lambda: joint_energy(Z, Y[:1]), ValueError, r"y must have shape \(2,\).*given \(1,\)"),
-        (lambda: joint_energy(Z, Y + 3), ValueError, r"y must lie in 0..2 for 3 classes"),
-        (lambda: joint_energy(Z, Y - 100), ValueError, "it spans -"),
+        (lambda: joint_energy(Z, Y + 3), ValueError, "3 classes, 0 to 2, given"),
+        (lambda: joint_energy(Z, Y - 100), ValueError, "given -"),
         (lambda: delta_energy(Z, Z.long()), TypeError,
          "logits_adv must be a floating-point tensor"),
         (lambda: delta_energy(Z, Z[:1]), ValueError, r"logits \(2, 3\) and logits_adv \(1, 3\)"),
@@ -158,3 +166,80 @@ Z, Y = batch(B=2, K=3)
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# Scores that are no logits: E(x) is 0, or nearly the same, for every image
+
+KINDS = ("softmax", "log_softmax")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("K", [2, 10, 1000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_probabilities_are_said(kind, K, dtype):
+    # one image in half precision may sum to one by chance
+    alone = 1 if dtype in (torch.float32, torch.float64) else 2
+    for B, scale in ((alone, 1.0), (64, 0.1), (64, 10.0)):
+        z = getattr(batch(B, K, scale=scale)[0].to(dtype), kind)(1)
+        with pytest.warns(NoLogitsWarning, match=f"of these {B} images are the output of {kind}"):
+            marginal_energy(z)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_logits_are_not(dtype):
+    for K in (2, 10, 1000):
+        for scale in (0.01, 1, 30, 500):
+            z = batch(64, K, scale=scale)[0].to(dtype)
+            for scores in (z, z.relu(), z - z.mean(1, keepdim=True), z.log_softmax(1) + 1,
+                           2*z.softmax(1), -z.softmax(1), 0*z, z*math.nan):
+                marginal_energy(scores)
+    mixed = torch.cat([batch(63)[0].log_softmax(1), batch(1)[0]])
+    marginal_energy(mixed.to(dtype)) # one image tells
+
+
+class Scores(torch.nn.Module):
+    "A network that ends in a softmax, or in its logarithm"
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.kind = torch.nn.Linear(784, 10), kind
+
+    def forward(self, x): return getattr(self.linear(x.flatten(1)), self.kind)(1)
+
+
+def loss_of(name):
+    def call(net, data):
+        x = data.images.float()/255
+        return get_objective(name).loss(net(x), net((x + .05).clamp(0, 1)), data.labels)
+    return call
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("call", [
+    lambda net, data: marginal_energy(net(data.images/255)), judge_images,
+    lambda net, data: delta_energy(net(data.images/255), net(1 - data.images/255)),
+    lambda net, data: energy_record(net, data.images/255, 1 - data.images/255, data.labels),
+    loss_of("weat_nat"), loss_of("weat_adv"), loss_of("der"),
+], ids=["marginal", "subsets", "delta", "landscapes", "weat_nat", "weat_adv", "der"])
+def test_wherever_energies_are_computed(call, kind):
+    with pytest.warns(NoLogitsWarning, match=f"output of {kind}, not logits"):
+        call(Scores(kind), load_dataset("fashion_mini", "test")[:8])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_once(kind):
+    "A loop of many batches, with Python's own filter"
+    net, data = Scores(kind), load_dataset("fashion_mini", "test")[:8]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(5): loss_of("weat_adv")(net, data).backward()
+    assert [w.category for w in caught] == [NoLogitsWarning]
+
+
+@pytest.mark.filterwarnings("error::weat_nb.energy.NoLogitsWarning")
+def test_what_needs_no_energy_is_silent():
+    "Attacks and cross-entropies of such a network are what they always were"
+    net, data = Scores("log_softmax"), load_dataset("fashion_mini", "test")[:8]
+    pgd(net, data.images.float()/255, data.labels, eps=.1, step_size=.05, steps=2)
+    for name in ("sat", "trades"): assert loss_of(name)(net, data).isfinite()

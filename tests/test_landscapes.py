@@ -51,6 +51,8 @@ def test_auroc_counts_pairs(n, m, levels):
 def test_auroc_of_nothing():
     with pytest.raises(ValueError, match='two groups, given 0 and 3 values'):
         auroc(torch.empty(0), torch.ones(3))
+    with pytest.raises(ValueError, match='1 of them NaN'): # it would be the greatest
+        auroc(torch.tensor([0., float('nan')]), torch.ones(3))
 
 
 @pytest.mark.parametrize('seed', range(20))

@@ -103,8 +103,21 @@ def test_networks_of_the_package():
     assert model.training and f.shape == (5, model.linear.in_features)
     with torch.no_grad():
         assert torch.allclose(z, model.eval()(to_bytes(x).float()/255), atol=1e-5)
-    with pytest.raises(TypeError, match='features of a Linear are not known'):
-        extract_features(x, nn.Linear(2, 2))
+
+
+def test_networks_of_others():
+    "Features are what the linear layer that gives the logits is given, whatever its name"
+    trunk = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+             nn.Linear(6, 7), nn.ReLU()]
+    net, x = nn.Sequential(*trunk, nn.Linear(7, 10)).eval(), torch.rand(5, 3, 32, 32)
+    pixels = to_bytes(x).float()/255
+    with torch.no_grad(): h = nn.Sequential(*trunk)(pixels)
+    f, z = extract_features(x, net)
+    assert torch.equal(f, h) and torch.equal(z, net[-1](h).detach())
+    assert not any(m._forward_hooks for m in net.modules())
+    for unknown in (nn.Sequential(*trunk), nn.Sequential(nn.Conv2d(3, 10, 32), nn.Flatten())):
+        with pytest.raises(TypeError, match='does not end in a linear layer'):
+            extract_features(x, unknown)
 
 
 def test_one_distribution_has_no_distance():
@@ -119,8 +132,9 @@ def test_one_distribution_has_no_distance():
     (lambda f: frechet_distance(f[:1], f), 'at least two'),
     (lambda f: inception_score(f/0), 'finite'),
     (lambda f: inception_score(f, splits=99), 'splits = 99'),
-    (lambda f: kernel_distance(f, f, subset_size=99), 'subset_size = 99.*number of images, 20'),
-    (lambda f: inception_score(f[0]), r'given \(3,\)'),
+    (lambda f: kernel_distance(f, f, subset_size=99),
+     'subset_size = 99.*at most 20, the number of images'),
+    (lambda f: inception_score(f[0]), r'given float32 \(3,\)'),
 ])
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message): call(torch.ones(20, 3))
@@ -182,7 +196,8 @@ def test_ssim_is_that_of_scikit_image(channels):
             a[i].permute(1, 2, 0).numpy(), x.permute(1, 2, 0).numpy(), channel_axis=2) for x in b]
         assert (np.allclose(values[i], sorted(naive, reverse=True)[:3])
                 and index[i].tolist() == np.argsort(naive)[::-1][:3].tolist())
-    with pytest.raises(ValueError, match='k = 8.*real images, 7'): ssim_neighbours(a, b, k=8)
+    with pytest.raises(ValueError, match='k = 8.*at most 7, the number of real images'):
+        ssim_neighbours(a, b, k=8)
 
 
 def test_distances_are_the_naive_ones():
@@ -196,8 +211,9 @@ def test_distances_are_the_naive_ones():
     own = torch.tensor([[(to_pixels(x[None]) - to_pixels(z[None])).norm() for z in a] for x in a])
     pairs = [own[i, j] for i in range(6) for j in range(i) if y[i] == y[j]]
     assert pairwise_distance(a, y) == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-4)
-    with pytest.raises(ValueError, match='class 1 has one image only'):
+    with pytest.raises(ValueError, match='images of class 1 = 1 .*at least 2'):
         pairwise_distance(a[:4], y[:4])
+    with pytest.raises(TypeError, match='y must be an int64'): pairwise_distance(a, y.float())
 
 
 def test_inception_score_of_a_network_without_doubt():

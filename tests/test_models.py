@@ -211,16 +211,16 @@ def test_initial_scale_of_pytorch(arch):
 @pytest.mark.parametrize("kwargs, error, message", [
     (dict(arch="resnet19"), ValueError, "did you mean 'resnet18'"),
     (dict(arch="WRN-28-10"), ValueError, "did you mean 'wrn_28_10'"),
-    (dict(arch=None), ValueError, "allowed: resnet8, resnet20"),
-    (dict(init="xavier"), ValueError, "unknown init 'xavier'; allowed: he, pytorch"),
-    (dict(num_classes=1), ValueError, "num_classes must be at least 2, given 1"),
-    (dict(num_classes=10.0), TypeError, "num_classes must be a whole number, given 10.0"),
-    (dict(in_channels=0), ValueError, "in_channels must be at least 1"),
-    (dict(image_size=4), ValueError, "image_size must be at least 8"),
+    (dict(arch=None), ValueError, "it must be one of resnet8, resnet20"),
+    (dict(init="xavier"), ValueError, "init = 'xavier' is not allowed"),
+    (dict(num_classes=1), ValueError, "num_classes = 1 is not allowed"),
+    (dict(num_classes=10.5), ValueError, "num_classes = 10.5 is not allowed"),
+    (dict(in_channels=0), ValueError, "in_channels = 0 is not allowed"),
+    (dict(image_size=4), ValueError, "image_size = 4 is not allowed"),
     (dict(mean=[.5] * 3), ValueError, "mean and std go together"),
     (dict(mean=[.5] * 3, std=[.5]), ValueError, "std needs one value per channel: 3, given 1"),
-    (dict(mean=[.5] * 3, std=[.5, 0, .5]), ValueError, "std must be finite and positive"),
-    (dict(mean=[.5, float("nan"), .5], std=[.5] * 3), ValueError, "mean must be finite"),
+    (dict(mean=[.5] * 3, std=[.5, 0, .5]), ValueError, "std = 0 is not allowed"),
+    (dict(mean=[.5, float("nan"), .5], std=[.5] * 3), ValueError, "mean = nan is not allowed"),
 ])
 def test_bad_arguments(kwargs, error, message):
     with pytest.raises(error, match=re.escape(message)):
@@ -228,15 +228,46 @@ def test_bad_arguments(kwargs, error, message):
 
 
 @pytest.mark.parametrize("x, error, message", [
-    (torch.zeros(2, 1, 8, 8), ValueError, "(B, 3, H, W), given (2, 1, 8, 8)"),
+    (torch.zeros(2, 1, 8, 8), ValueError, "(B, 3, H, W), given float32 (2, 1, 8, 8)"),
     (torch.zeros(3, 8, 8), ValueError, "x[None]"),
-    (torch.zeros(2, 8, 8, 3), ValueError, "given (2, 8, 8, 3)"),
-    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), TypeError, "given torch.uint8"),
-    (torch.zeros(2, 3, 8, 8, dtype=torch.bool), TypeError, "given torch.bool"),
+    (torch.zeros(2, 8, 8, 3), ValueError, "given float32 (2, 8, 8, 3)"),
+    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), TypeError, "given uint8"),
+    (torch.zeros(2, 3, 8, 8, dtype=torch.bool), TypeError, "given bool"),
 ])
 def test_bad_images(x, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make("resnet8")(x)
+
+
+@pytest.mark.parametrize("images_are", [torch.float64, torch.float16, torch.bfloat16])
+def test_images_in_another_type_than_the_weights(images_are):
+    model, x = make("resnet8"), images().to(images_are)
+    name = str(images_are)[6:]
+    with pytest.raises(TypeError, match=f"images are {name} and the network's weights float32: "
+                                        "use x.to.torch.float32., .* or torch.autocast"): model(x)
+    assert model.to(images_are)(x).dtype == images_are # a network computes in any type
+    if images_are == torch.bfloat16:
+        with torch.autocast("cpu", torch.bfloat16): make("resnet8")(x)
+
+
+def test_numbers_of_other_kinds():
+    "NumPy's, tensors without dimensions, fractions in words; one number is that of one channel"
+    np = pytest.importorskip("numpy")
+    expected = create_model("resnet8", 10, 1, 8, seed=0, mean=[.5], std=[.25]).config
+    for one, eight, half, quarter in (
+            (np.int64(1), np.float64(8), np.float32([.5]), "1/4"),
+            (torch.tensor(1), "8", torch.tensor(.5), np.array(.25)), (1., 8., (.5,), [.25])):
+        model = create_model("resnet8", 10, one, eight, mean=half, std=quarter)
+        assert model.config == expected and json.loads(json.dumps(model.config)) == expected
+
+
+def test_float32_whatever_new_tensors_are():
+    plain = make("resnet8", mean=(.5,) * 3, std=(.2,) * 3)
+    torch.set_default_dtype(torch.float64)
+    try: other = create_model("resnet8", 10, seed=0, mean=(.5,) * 3, std=(.2,) * 3)
+    finally: torch.set_default_dtype(torch.float32)
+    assert other.normalize.mean.dtype == other.conv1.weight.dtype == torch.float32
+    assert torch.equal(other.conv1.weight, plain.conv1.weight)
 
 
 def test_compiles_in_one_graph():

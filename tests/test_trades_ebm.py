@@ -118,10 +118,10 @@ def test_no_value_is_read():
     assert trades_energy(z, z, y, 6).device.type == "meta"
 
 
-@pytest.mark.parametrize("beta", [-1, -1e-9, math.nan, math.inf, "6", None, 1j])
+@pytest.mark.parametrize("beta", [-1, -1e-9, math.nan, math.inf, "six", None, 1j])
 def test_bad_beta_is_named(beta):
     z, z_adv, y = pair(B=2)
-    with pytest.raises(ValueError, match="beta must be a finite number >= 0, given"):
+    with pytest.raises(ValueError, match="beta = .* is not allowed"):
         trades_energy(z, z_adv, y, beta)
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .autoattack import apgd, apgd_targeted, fab, square
 from .carlini_wagner import cw_l2, cw_linf
-from .guards import (as_float32, check_images, check_labels, check_lengths, check_logits,
-                            check_name, eval_mode, warn_if_masked)
-from .params import suggest
+from .checks import (as_float32, check_count, check_images, check_labels, check_logits,
+                            check_name, check_number, suggest)
+from .guards import eval_mode, logits_of, warn_if_masked
 
 _LOSSES, _NORMS, _STARTS = ("ce", "kl", "dlr"), ("linf", "l2"), ("uniform", "gaussian", "none")
 
@@ -92,11 +92,8 @@ def dlr_loss(
     target:Tensor|None = None, # (B,) class to be reached; None: any class other than y
 )->Tensor: # (B,) negative while the image is classified as y; positive once the attack has won
     "Difference of logits ratio (Croce & Hein 2020, Eq. 6; with `target` Eq. 7)"
-    needed, kind = (3, "dlr loss") if target is None else (4, "targeted dlr loss")
-    if logits.shape[1] < needed:
-        raise ValueError(f"the {kind} compares the {needed} largest logits, but the model has "
-                         f"{logits.shape[1]} classes; use loss='ce'")
-    z = as_float32(logits)
+    needed = 3 if target is None else 4
+    z = check_logits(logits, name="logits of the dlr loss", least=needed)
     top = z.topk(needed, dim=1).values
     z_y = z.gather(1, y[:, None]).squeeze(1)
     if target is None:
@@ -177,13 +174,18 @@ def _check_start(start:str|Tensor, loss:str, x:Tensor)->None:
                              "they must be equal")
         if not start.isfinite().all(): raise ValueError("start holds NaN or infinite pixels")
         at_x = torch.equal(start.to(x), x)
-    else:
-        check_name("start", start, _STARTS)
-        at_x = start == "none"
+    else: at_x = check_name("start", start, _STARTS) == "none"
     if loss == "kl" and at_x:
         raise ValueError("loss='kl' cannot start at x: the divergence has its minimum there, its "
                          "gradient is zero and the attack would never move; use start='gaussian' "
                          "(as TRADES does) or 'uniform'")
+
+def _lengths(eps:Any, step_size:Any, steps:Any, norm:str, least:int=0)->tuple[float, float, int]:
+    "Radius and step, positive and in pixel units, and a count, as Python's numbers"
+    hint = "; lengths are in pixel units: 8/255, not 8"
+    return (check_number("eps", eps, above=0, high=1 if norm == "linf" else None, hint=hint),
+            check_number("step_size", step_size, above=0, hint=hint),
+            check_count("steps", steps, least))
 
 # %% ../nbs/02_attacks.ipynb #d21c9f82
 def pgd(
@@ -208,31 +210,30 @@ def pgd(
     check_name("loss", loss, _LOSSES)
     check_name("norm", norm, _NORMS)
     check_images(x)
-    check_lengths(eps, step_size, steps, norm)
+    eps, step_size, steps = _lengths(eps, step_size, steps, norm)
     _check_start(start, loss, x)
     labels = {name: t for name, t in (("y", y), ("target", target)) if t is not None}
-    largest = max((check_labels(name, t, x) for name, t in labels.items()), default=-1)
+    largest = max((check_labels(t, len(x), name, device=x.device) for name, t in labels.items()),
+                  default=-1)
     if loss == "kl" and target is not None:
         raise ValueError("loss='kl' has no targeted form, it knows no labels; "
                          "use loss='ce' or 'dlr' with a target")
-    if loss == "dlr" and y is None or loss == "ce" and not labels:
-        raise ValueError(f"loss={loss!r} needs the labels y")
-    if loss == "dlr" and target is not None and (target == labels["y"]).any():
+    if loss == "dlr" and target is not None and y is not None and (target == y).any():
         raise ValueError("target equals y for some images, where the targeted dlr loss is "
                          "constant; pick other classes")
 
-    def logits_of(z:Tensor)->Tensor: return check_logits(model(z), x, largest)
+    def read(z:Tensor)->Tensor: return logits_of(model, z, largest=largest)
 
     # Tensors made under inference_mode cannot take part in autograd; their clones can.
     with eval_mode(model), torch.inference_mode(False), torch.no_grad():
-        x = x.detach().clone() if x.is_inference() else x.detach()
+        x = x.detach().clone()
         y, target, clean_logits = (t if t is None or not t.is_inference() else t.clone()
                                    for t in (y, target, clean_logits))
         if loss == "kl":
-            clean_logits = check_logits(model(x) if clean_logits is None else clean_logits,
-                                        x, largest)
+            clean_logits = (read(x) if clean_logits is None else
+                            check_logits(clean_logits, len(x), "clean_logits", largest=largest))
         ascend = ascent_loss(loss, y, target, clean_logits)
-        x_adv, values = pgd_loop(logits_of, x, starting_point(x, eps, norm, start, generator),
+        x_adv, values = pgd_loop(read, x, starting_point(x, eps, norm, start, generator),
                                  ascend, eps=eps, step_size=step_size, steps=steps, norm=norm)
     check_values(values, loss)
     return x_adv
@@ -245,9 +246,7 @@ def random_targets(
     generator:torch.Generator|None = None,
 )->Tensor: # (B,) int64 classes, none of them the label, all others equally likely
     "A random other class for each image: the aim of a targeted attack"
-    if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes} leaves no other class to aim at; "
-                         "a targeted attack needs 2 or more")
+    num_classes = check_count("num_classes", num_classes, 2, hint=", one of them to aim at")
     device = y.device if generator is None else generator.device
     return (y + torch.randint(1, num_classes, y.shape, generator=generator, device=device)
             .to(y.device)) % num_classes
@@ -290,7 +289,7 @@ def _pgd_targeted(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, *, eps:f
                   target:Tensor|None = None)->Tensor:
     "PGD towards `target`, or towards a random other class of each image"
     generator = torch.Generator().manual_seed(seed)
-    if target is None: target = random_targets(y, model(x[:1]).shape[1], generator)
+    if target is None: target = random_targets(y, model(x).shape[1], generator)
     return pgd(model, x, y, eps=eps, steps=steps,
                step_size=eps / 4 if step_size is None else step_size, loss=loss, start=start,
                target=target, generator=generator)
@@ -324,6 +323,16 @@ ATTACKS:dict[str, Attack] = {a.name: a for a in (
            "x", "logits", 2, "Carlini & Wagner, S&P 2017", cw_l2),
 )}
 
+# %% ../nbs/02_attacks.ipynb #30789c37
+def _check_alone(model:Callable[[Tensor], Any], x:Tensor, name:str)->None:
+    "A model of one batch size is of no use to an attack that goes on with the images that stand"
+    try: model(x[:1])
+    except Exception as e: # anybody's model: any
+        model(x) # an error of another kind shows here, too
+        raise ValueError(f"the model takes {len(x)} images and not one alone ({e}), but attack "
+                         f"{name!r} goes on with the images that still stand: fill the batch up "
+                         "inside the model, or use pgd, trades, pgd-t or pgd-dlr") from e
+
 # %% ../nbs/02_attacks.ipynb #2f4ff168
 def attack(
     name:str, # a key of ATTACKS
@@ -346,36 +355,29 @@ def attack(
         raise TypeError(f"attack {name!r} has no option {option!r}{suggest(option, known)}; "
                         f"it has {', '.join(known)}")
     check_images(x)
-    if y is None: raise ValueError(f"attack {name!r} needs the labels y")
-    largest = check_labels("y", y, x)
-    steps = row.steps if steps is None else steps
-    check_lengths(eps, eps, steps, "linf")
-    if steps == 0: raise ValueError(f"steps=0 leaves attack {name!r} nothing to do; use 1 or more")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed={seed!r} must be an integer")
+    largest = check_labels(y, len(x), device=x.device)
+    eps, _, steps = _lengths(eps, eps, row.steps if steps is None else steps, "linf", 1)
+    seed = check_count("seed", seed, -2**63, 2**63 - 1)
     if generator is not None:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     arguments = dict(eps=eps, steps=steps, seed=seed)
     read = inspect.signature(row.function).parameters
     def watched(z:Tensor)->Tensor:
         "The model; logits that are not finite would be taken for an answer, right or wrong"
-        logits = model(z)
+        logits = logits_of(model, z)
         strange.logical_or_(~logits.detach().isfinite().all())
         return logits
 
     with eval_mode(model), torch.inference_mode(False), torch.no_grad():
         strange = torch.zeros((), dtype=torch.bool, device=x.device)
         # contiguous: pyautoattack views pixels as vectors
-        x, y = (t.clone() if t.is_inference() else t for t in (x.detach().contiguous(), y))
-        logits = check_logits(model(x), x, largest)
-        if logits.shape[1] < row.min_classes:
-            possible = [a.name for a in ATTACKS.values() if a.min_classes <= logits.shape[1]]
-            raise ValueError(f"attack {name!r} compares at least {row.min_classes} classes, but "
-                             f"the model has {logits.shape[1]}; "
-                             f"possible are: {', '.join(possible) or 'none'}")
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        if y.is_inference(): y = y.clone()
+        logits = logits_of(model, x, largest=largest, least=row.min_classes)
         if not logits.isfinite().all():
             raise FloatingPointError("the model's logits at the natural images are NaN or "
                                      "infinite; no attack can use them")
+        if row.failed == "x" and len(x) > 1: _check_alone(model, x, name)
         if row.gradient: warn_if_masked(watched, x, y, row.gradient, name)
         given = {key: value for key, value in arguments.items() if key in read}
         x_adv = row.function(watched, x, y, **given, **row.settings, **options)

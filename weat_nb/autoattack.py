@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guards import images_only, kept_rng
+from .checks import check_count, check_name, check_number
+from .guards import defaults, images_only, kept_rng
 
 # %% ../nbs/parts/apgd_fab_square.ipynb #e0d3e438
 # zero gradients: warn_if_masked says more
@@ -31,22 +32,24 @@ def _original(module:str, name:str)->Any:
                           "pip install 'weat_nb[attacks]'; pgd, trades, cw-l2 and cw-linf need "
                           "nothing") from error
 
-def _perturb(make:Callable[..., Any], model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor,
-             **options:Any)->Tensor:
+def _perturb(make:Callable[..., Any], model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, *,
+             eps:float, restarts:int, **options:Any)->Tensor:
     "Build one of their attacks and run it; nothing but the images it returns is changed"
+    own = dict(eps=check_number("eps", eps, above=0, high=1),
+               n_restarts=check_count("restarts", restarts))
     if x.dtype != torch.float32:
         raise TypeError(f"x has dtype {x.dtype}, but pyautoattack computes in float32: "
                         "use x.float()")
-    with kept_rng(), torch.no_grad():
-        return make(images_only(model), norm="Linf", **options).perturb(x, y).detach()
+    with kept_rng(), torch.no_grad(), defaults(torch.float32, "cpu") as callers:
+        def read(z:Tensor)->Tensor:
+            with defaults(*callers): return model(z)
+        return make(images_only(read), norm="Linf", **own, **options).perturb(x, y).detach()
 
 def _targets(targets:int|None, classes:int)->int:
     "How many classes a targeted attack aims at"
     if targets is None: return min(9, classes - 1)
-    if isinstance(targets, bool) or not isinstance(targets, int) or not 1 <= targets < classes:
-        raise ValueError(f"targets={targets!r} must be an integer from 1 to {classes - 1}: "
-                         f"the model has {classes} classes, and one of them is the label")
-    return targets
+    return check_count("targets", targets, 1, classes - 1,
+                       f": of {classes} classes one is the label")
 
 # %% ../nbs/parts/apgd_fab_square.ipynb #2655cca5
 def apgd(
@@ -62,8 +65,9 @@ def apgd(
 )->Tensor: # (B, C, H, W) the last misclassified image seen in the ball; x where there was none
     "Auto-PGD (Croce & Hein 2020)"
     make = _original("autopgd_base", "APGDAttack")
-    return _perturb(make, model, x, y, eps=eps, n_iter=steps, seed=seed, loss=loss,
-                    n_restarts=restarts, logger=_SILENT)
+    check_name("loss", loss, ("ce", "dlr"))
+    return _perturb(make, model, x, y, eps=eps, n_iter=check_count("steps", steps), seed=seed,
+                    loss=loss, restarts=restarts, logger=_SILENT)
 
 def apgd_targeted(
     model:Callable[[Tensor], Tensor], # images -> logits (B, K), K at least 4, in evaluation mode
@@ -80,8 +84,8 @@ def apgd_targeted(
     "Auto-PGD on the targeted DLR loss, class after class (Croce & Hein 2020)"
     make = _original("autopgd_base", "APGDAttack_targeted")
     with torch.no_grad(): targets = _targets(targets, model(x[:1]).shape[1])
-    return _perturb(make, model, x, y, eps=eps, n_iter=steps, seed=seed, n_restarts=restarts,
-                    n_target_classes=targets, logger=_SILENT)
+    return _perturb(make, model, x, y, eps=eps, n_iter=check_count("steps", steps), seed=seed,
+                    restarts=restarts, n_target_classes=targets, logger=_SILENT)
 
 # %% ../nbs/parts/apgd_fab_square.ipynb #c82e8d8b
 def fab(
@@ -102,8 +106,8 @@ def fab(
     if targeted:
         with torch.no_grad(): targets = _targets(targets, model(x[:1]).shape[1])
     def logits_of(z:Tensor)->Tensor: return model(z).to(z.dtype) # FAB mixes images and logits
-    return _perturb(make, logits_of, x, y, eps=eps, n_iter=steps, seed=seed, targeted=targeted,
-                    n_restarts=restarts, n_target_classes=targets)
+    return _perturb(make, logits_of, x, y, eps=eps, n_iter=check_count("steps", steps), seed=seed,
+                    targeted=targeted, restarts=restarts, n_target_classes=targets)
 
 # %% ../nbs/parts/apgd_fab_square.ipynb #7e084f76
 def square(
@@ -120,5 +124,5 @@ def square(
 )->Tensor: # (B, C, H, W) the first misclassified image found; x where there was none
     "Square attack (Andriushchenko et al. 2020), a random search on the margin"
     make = _original("square", "SquareAttack")
-    return _perturb(make, model, x, y, eps=eps, n_queries=steps, seed=seed, n_restarts=restarts,
-                    resc_schedule=rescale_schedule)
+    return _perturb(make, model, x, y, eps=eps, n_queries=check_count("steps", steps), seed=seed,
+                    restarts=restarts, resc_schedule=rescale_schedule)

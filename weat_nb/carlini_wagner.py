@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .guards import as_float32
+from .checks import as_float32, check_count, check_number
 
 # %% ../nbs/parts/carlini_wagner.ipynb #15698a73
 _SHRINK = .999999 # keeps atanh finite at the pixels 0 and 1; the largest shift of a pixel is 5e-7
@@ -47,17 +47,6 @@ class _Adam:
 
     def keep(self, kept:Tensor)->None: self.m, self.v = self.m[kept], self.v[kept]
 
-def _check_counts(**counts:int)->None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer, 1 or more")
-
-def _check_numbers(**numbers:float)->None:
-    for name, value in numbers.items():
-        if (isinstance(value, bool) or not isinstance(value, (int, float))
-                or not 0 < value < math.inf):
-            raise ValueError(f"{name}={value!r} must be a positive number")
-
 # %% ../nbs/parts/carlini_wagner.ipynb #7a0fd496
 def cw_l2(
     model:Callable[[Tensor], Tensor], # images -> logits (B, K), in evaluation mode
@@ -72,10 +61,10 @@ def cw_l2(
     abort_early:bool = True, # end where a tenth of the steps has brought nothing
 )->Tensor: # (B, C, H, W) the nearest image found that is wrong by κ; x where there was none
     "Smallest ℓ2 perturbation that changes the answer (Carlini & Wagner 2017, Section VI.A)"
-    _check_counts(steps=steps, binary_search_steps=binary_search_steps)
-    _check_numbers(initial_const=initial_const, lr=lr)
-    if not 0 <= confidence < math.inf:
-        raise ValueError(f"confidence={confidence!r} must be a finite number, 0 or more")
+    steps = check_count("steps", steps)
+    binary_search_steps = check_count("binary_search_steps", binary_search_steps)
+    initial_const = check_number("initial_const", initial_const, above=0)
+    confidence, lr = check_number("confidence", confidence, low=0), check_number("lr", lr, above=0)
     start = _to_tanh(x)
     best, best_length = x.clone(), x.new_full((len(x),), math.inf)
     c, low, high = (x.new_full((len(x),), value) for value in (initial_const, 0., math.inf))
@@ -156,17 +145,12 @@ def cw_linf(
 )->Tensor: # (B, C, H, W) the nearest wrong image found; x where there was none
     """Small ℓ∞ perturbation that changes the answer
     (Carlini & Wagner 2017, Section VI.C, as the paper evaluates it)"""
-    _check_counts(steps=steps)
-    _check_numbers(initial_const=initial_const, largest_const=largest_const, lr=lr)
-    if not initial_const < largest_const:
-        raise ValueError(f"initial_const={initial_const!r} must be below "
-                         f"largest_const={largest_const!r}: no price would be tried")
-    if not 0 < decrease_factor < 1:
-        raise ValueError(f"decrease_factor={decrease_factor!r} must lie between 0 and 1")
-    if not 1 < const_factor < math.inf:
-        raise ValueError(f"const_factor={const_factor!r} must exceed 1")
-    if not 0 <= confidence < math.inf:
-        raise ValueError(f"confidence={confidence!r} must be a finite number, 0 or more")
+    steps, largest_const = check_count("steps", steps), check_number("largest_const", largest_const)
+    initial_const = check_number("initial_const", initial_const, above=0, below=largest_const,
+                                 hint=": else no price would be tried")
+    const_factor = check_number("const_factor", const_factor, above=1)
+    decrease_factor = check_number("decrease_factor", decrease_factor, above=0, below=1)
+    confidence, lr = check_number("confidence", confidence, low=0), check_number("lr", lr, above=0)
     best, best_length = x.clone(), x.new_ones(len(x))
     tau, ids = x.new_ones(len(x)), torch.arange(len(x), device=x.device)
     while len(ids):

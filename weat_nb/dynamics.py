@@ -9,6 +9,7 @@ __all__ = ['read_snapshots', 'snapshot_history', 'drift', 'plot_scatter', 'plot_
            'robust_overfitting', 'phase_ratio', 'error_rise', 'DivergenceWarning', 'EnergyMonitor']
 
 # %% ../nbs/05_dynamics.ipynb #4d2c5df3
+import math
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 
 from .checkpoints import load_tensors
+from .checks import (as_path, check_count, check_labels, check_logits, check_number,
+                            in_words, refuse)
 from .energy import delta_energy
 from .plots import COLOURS, axes
 from .train import summarise
@@ -32,14 +35,16 @@ def read_snapshots(
     # epoch -> (N,) tensors: what `measure_energies` gives, labels, indices
 )->dict[int, dict[str, Tensor]]:
     "The snapshots of a run, in the order of epochs"
-    files = sorted(Path(run_dir).glob('snapshots/epoch_*.safetensors'))
+    files = sorted(as_path(run_dir).glob('snapshots/epoch_*.safetensors'))
     if not files:
         raise FileNotFoundError(
             f'{run_dir} holds no snapshots: train with '
             'fit(..., snapshots=range(0, epochs + 1, 5)) or -p snapshot_every 5')
-    found = [load_tensors(file) for file in files]
-    return {metadata['epoch']: tensors
-            for tensors, metadata in sorted(found, key=lambda f: f[1]['epoch'])}
+    found = {}
+    for file in files:
+        tensors, metadata = load_tensors(file)
+        found[check_count(f'{file}: epoch', metadata.get('epoch'), low=0)] = tensors
+    return dict(sorted(found.items()))
 
 def snapshot_history(
     snapshots:dict[int, dict[str, Tensor]], # of `read_snapshots`
@@ -147,6 +152,17 @@ def animate_drift(
     return out.getvalue()
 
 # %% ../nbs/05_dynamics.ipynb #e2f1d8ed
+def _curve(
+    epochs:Sequence[int], values:Sequence[float], least:int,
+)->tuple[np.ndarray, np.ndarray]:
+    "A measured curve of `least` points or more"
+    t, v = np.asarray(epochs, float), np.asarray(values, float)
+    if not (t.shape == v.shape == (len(t),) and len(t) >= least and (np.diff(t) > 0).all()
+            and np.isfinite(v).all()):
+        raise ValueError(f'at least {least} values at ascending epochs are needed, none of them '
+                         f'NaN or infinite, given {v.size} values at {t.size} epochs')
+    return t, v
+
 @lru_cache(maxsize=8)
 def _lines(t:tuple[float, ...], least:int)->tuple[list[tuple[int, int]], np.ndarray]:
     "All pairs of joints (as positions) and an orthonormal basis (points, 4) of the lines with them"
@@ -174,10 +190,7 @@ def find_phases(
     # slopes of the three pieces, nats an epoch; fitted values
 )->dict[str, Any]:
     "The three phases of ΔE (Section 3.2): steep, flat, steep; `found` is False for any other form"
-    t, v = np.asarray(epochs, float), np.asarray(delta, float)
-    if len(t) != len(v) or len(t) < 3*least or (np.diff(t) <= 0).any():
-        raise ValueError(f'three phases of {least} points need at least {3*least} values at '
-                         f'ascending epochs, given {len(v)} values at {len(t)} epochs')
+    t, v = _curve(epochs, delta, 3*check_count('least', least))
     fitted, (i, j) = _three_pieces(t, v, least)
     change = np.abs(np.diff(fitted[[0, i, j, -1]]))
     slope = np.diff(fitted[[0, i, j, -1]])/np.diff(t[[0, i, j, -1]])
@@ -196,10 +209,8 @@ def robust_overfitting(
     window:int = 3, # epochs of the running median
 )->int|None: # epoch at which it begins; None: it does not occur
     "Where the robust error turns upwards for good on held-out images, but not on training images"
-    e = np.asarray(error, float)
-    if len(e) != len(epochs) or len(e) < 2*window:
-        raise ValueError(f'at least {2*window} values are needed, one an epoch, '
-                         f'given {len(e)} values at {len(epochs)} epochs')
+    _, e = _curve(epochs, error, 2*check_count('window', window))
+    check_count('num_images', num_images)
     # entry i: epochs i … i + window - 1
     smooth = np.median(np.lib.stride_tricks.sliding_window_view(e, window), axis=1)
     low = int(smooth.argmin())
@@ -242,40 +253,46 @@ class EnergyMonitor:
         warmup:int = 5, # calls of `step` that are left out at the start: the first phase
         window:int = 5, # calls after these, whose median is the usual level
     ):
-        self.ratio, self.floor, self.warmup, self.window = ratio, floor, warmup, window
+        self.ratio, self.floor = (check_number('ratio', ratio, above=0),
+                                  check_number('floor', floor, low=0))
+        self.warmup, self.window = check_count('warmup', warmup, 0), check_count('window', window)
         # an entry an epoch: epoch, delta (nats), robust (accuracy under attack, percent)
         self.history:list[dict[str, float]] = []
-        self.warned:int|None = None # epoch of the warning
-        self._clear()
-
-    def _clear(self)->None: self._delta, self._right, self._images = 0., 0., 0
+        self.warned:float|None = None # epoch of the warning
+        self._delta, self._right, self._images = 0., 0, 0 # sums over the running epoch
 
     @torch.no_grad()
     def update(self,
-        logits:Tensor, # (B, K) of natural images
+        logits:Tensor, # (B, K) of natural images, B at least 1, K at least 2
         logits_adv:Tensor, # (B, K) of the same images attacked
-        y:Tensor, # (B,) labels
+        y:Tensor, # (B,) int64 labels in 0..K-1, on the device of the logits
     )->None:
-        "Add a batch to the running epoch"
-        self._delta += delta_energy(logits, logits_adv).double().sum().item()
-        self._right += (logits_adv.argmax(1) == y).sum().item()
-        self._images += len(y)
+        "Add a batch to the running epoch; one that is refused leaves the monitor as it was"
+        z, z_adv = check_logits(logits, least=2), check_logits(logits_adv, name='logits_adv')
+        delta, n = delta_energy(z, z_adv), check_count('len(logits)', len(z))
+        check_labels(y, n, num_classes=z.shape[1], device=z.device)
+        right = (z_adv.argmax(1) == y) & ~z_adv.isnan().any(1)
+        # in float64 on the CPU: not every device has it
+        self._delta, self._right, self._images = (
+            self._delta + delta.cpu().double().sum().item(), self._right + int(right.sum()),
+            self._images + n)
 
     def step(self,
-        epoch:int|None = None, # its number, for history and warning; None: calls are counted
+        epoch:float|None = None, # its number, for history and warning; None: calls are counted
     )->float: # mean ΔE(x) of the epoch, nats
         "Close the epoch; the first divergence is a `DivergenceWarning`"
+        epoch = check_number('epoch', len(self.history) + 1 if epoch is None else epoch)
         if not self._images:
             raise ValueError('step() closes an epoch, and this one had no images: '
                              'call update(logits, logits_adv, y) before it')
-        now = dict(epoch=len(self.history) + 1 if epoch is None else epoch,
+        now = dict(epoch=int(epoch) if epoch == int(epoch) else epoch,
                    delta=self._delta/self._images, robust=100*self._right/self._images)
         usual = [abs(h['delta']) for h in self.history[self.warmup:self.warmup + self.window]]
         self.history.append(now)
-        self._clear()
+        self._delta, self._right, self._images = 0., 0, 0
         level = max(float(np.median(usual)), self.floor) if len(usual) == self.window else np.inf
         if self.warned is None and not abs(now['delta']) <= self.ratio*level: # a NaN diverges too
-            self.warned = int(now['epoch'])
+            self.warned = now['epoch']
             best = max(h['robust'] for h in self.history)
             kind = 'catastrophic' if now['robust'] < best/2 else 'robust'
             warnings.warn(
@@ -285,14 +302,50 @@ class EnergyMonitor:
                 DivergenceWarning, stacklevel=2)
         return now['delta']
 
-    def state_dict(self)->dict[str, Any]: # plain numbers and lists
-        "All there is to save between epochs"
-        if self._images: raise ValueError('the running epoch is not closed: call step() first')
-        return dict(history=[dict(h) for h in self.history], warned=self.warned)
+    def _settings(self)->dict[str, float]:
+        return dict(ratio=self.ratio, floor=self.floor, warmup=self.warmup, window=self.window)
+
+    def state_dict(self)->dict[str, Any]: # plain numbers, dictionaries and lists
+        "All there is to save, also in the middle of an epoch"
+        return dict(history=[dict(h) for h in self.history], warned=self.warned,
+                    running=dict(delta=self._delta, right=self._right, images=self._images),
+                    settings=self._settings())
 
     def load_state_dict(self,
-        state:dict[str, Any], # of `state_dict`
+        # of `state_dict`; an older one has no running sums and no settings
+        state:dict[str, Any],
     )->None:
-        "Go on from a saved state"
-        self.history, self.warned = [dict(h) for h in state['history']], state['warned']
-        self._clear()
+        "Go on from a saved state; one that does not fit leaves the monitor as it was"
+        own = EnergyMonitor.state_dict(self)
+        given = ({'running': dict(delta=0., right=0, images=0), 'settings': own['settings']} | state
+                 if isinstance(state, dict) else {})
+        if wrong := [k for k in (own | given)
+                     if k not in given or k not in _STATE or not _STATE[k](given[k])]:
+            raise ValueError('state must be what state_dict() of an EnergyMonitor returned, given '
+                             f'{in_words(state)} in which {", ".join(map(str, wrong))} is missing, '
+                             'unknown or malformed')
+        if given['settings'] != own['settings']:
+            refuse('settings', given['settings'], f'those of this monitor, {own["settings"]}',
+                   ': make it with EnergyMonitor(**state["settings"]), or delete '
+                   'state["settings"] to judge the old epochs by its own')
+        self.history, self.warned = [dict(h) for h in given['history']], given['warned']
+        self._delta, self._right, self._images = (
+            given['running'][k] for k in ('delta', 'right', 'images'))
+
+def _holds(value:Any, *names:str)->bool:
+    "Is this a dictionary of just these names, each with a number?"
+    return (isinstance(value, dict) and value.keys() == set(names)
+            and all(_is_number(v) for v in value.values()))
+
+def _is_number(value:Any)->bool:
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e308
+    return whole or isinstance(value, float)
+
+_STATE = dict( # part of a state -> is it one? ΔE may be NaN
+    history=lambda h: isinstance(h, list) and all(
+        _holds(e, 'epoch', 'delta', 'robust') and math.isfinite(e['epoch'])
+        and 0 <= e['robust'] <= 100 for e in h),
+    warned=lambda w: w is None or _is_number(w) and math.isfinite(w),
+    running=lambda r: (_holds(r, 'delta', 'right', 'images') and isinstance(r['images'], int)
+                       and isinstance(r['right'], int) and 0 <= r['right'] <= r['images']),
+    settings=lambda s: _holds(s, 'ratio', 'floor', 'warmup', 'window'))

@@ -8,40 +8,11 @@ Docs: https://weat-nb.github.io/weat_nb/energy.html.md"""
 __all__ = ['joint_energy', 'marginal_energy', 'delta_energy', 'energy_weight']
 
 # %% ../nbs/00_energy.ipynb #194e21c7
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/00_energy.ipynb #721a2fb7
-def _checked_logits(
-    logits:Tensor, # what the caller gave
-    name:str = 'logits', # how the caller's argument is called, for the error
-)->Tensor: # (B, K) float32 or float64
-    "Refuse what is not a batch of logits; raise half precision to float32"
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        given = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f'{name} must be a floating-point tensor (B, K), given {given}')
-    if logits.ndim != 2 or logits.shape[1] == 0:
-        hint = '; for a single image use logits[None]' if logits.ndim == 1 else ''
-        raise ValueError(f'{name} must have shape (B, K), a row for each image, '
-                         f'given {tuple(logits.shape)}{hint}')
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-def _check_labels(
-    y:Tensor, # what the caller gave
-    logits:Tensor, # (B, K) the logits they belong to
-)->None:
-    "Refuse labels of the wrong type, shape or device; reads no value, so a GPU is never waited for"
-    if not isinstance(y, Tensor) or y.dtype != torch.int64:
-        given = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f'y must be an int64 tensor of class indices, given {given}; use y.long(), '
-                        'or y.argmax(1) for one-hot rows')
-    if y.shape != logits.shape[:1]:
-        raise ValueError(f'y must have shape ({len(logits)},), a label for each row of logits, '
-                         f'given {tuple(y.shape)}')
-    if y.device != logits.device:
-        raise ValueError(f'y is on {y.device} and the logits are on {logits.device}; '
-                         'use y.to(logits.device)')
+from .checks import as_float32, check_labels, check_logits, in_words
+from .guards import NoLogitsWarning as NoLogitsWarning, warn_if_no_logits
 
 # %% ../nbs/00_energy.ipynb #c108c4ec
 def joint_energy(
@@ -49,20 +20,21 @@ def joint_energy(
     y:Tensor, # (B,) int64 class indices in 0..K-1
 )->Tensor: # (B,) energies in nats
     "Joint energy $E_\\theta(\\mathbf{x}, y) = -\\theta(\\mathbf{x})[y]$ (supplement A.5)"
-    z = _checked_logits(logits)
-    _check_labels(y, z)
+    z = check_logits(logits)
+    check_labels(y, len(z), device=z.device, values=False)
     try: return -z.gather(1, y[:, None]).squeeze(1)
-    except RuntimeError as error: # gather looks at the range on the CPU only
-        if not y.is_cpu: raise
-        raise ValueError(f'y must lie in 0..{z.shape[1] - 1} for {z.shape[1]} classes, '
-                         f'it spans {y.min()}..{y.max()}') from error
+    except RuntimeError: # gather looks at the range on the CPU only
+        if y.is_cpu: check_labels(y, len(z), num_classes=z.shape[1])
+        raise
 
 # %% ../nbs/00_energy.ipynb #ad3e1ad3
 def marginal_energy(
     logits:Tensor, # (B, K) unnormalised class scores
 )->Tensor: # (B,) energies in nats; lower means likelier under the model
     r"Marginal energy $E_\theta(\mathbf{x}) = -\log\sum_k \exp\theta(\mathbf{x})[k]$ (suppl. A.5)"
-    return -_checked_logits(logits).logsumexp(dim=1)
+    z = check_logits(logits)
+    warn_if_no_logits(logits)
+    return -z.logsumexp(dim=1)
 
 # %% ../nbs/00_energy.ipynb #f6cc68a7
 def delta_energy(
@@ -71,10 +43,7 @@ def delta_energy(
     y:Tensor|None = None, # (B,) int64 labels for the joint energy; without them the marginal energy
 )->Tensor: # (B,) in nats; negative means the adversarial image has the higher energy
     r"$\Delta E = E_\theta(\mathbf{x}) - E_\theta(\mathbf{x}^\star)$ (Eq. 2), joint ones given `y`"
-    z, z_adv = _checked_logits(logits), _checked_logits(logits_adv, 'logits_adv')
-    if z.shape != z_adv.shape:
-        raise ValueError(f'logits {tuple(z.shape)} and logits_adv {tuple(z_adv.shape)} must have '
-                         'the same shape: row i of both is image i')
+    z, z_adv = check_logits(logits), check_logits(logits_adv, name='logits_adv', like=logits)
     if y is None: return marginal_energy(z) - marginal_energy(z_adv)
     return joint_energy(z, y) - joint_energy(z_adv, y)
 
@@ -84,10 +53,8 @@ def energy_weight(
 )->Tensor: # (B,) weights in (0, 1.4427], largest at zero energy, not normalised
     "Weight of a sample $w = 1/\\log(1 + \\exp|E|)$ (Eq. 7)"
     if not isinstance(energy, Tensor) or not energy.is_floating_point():
-        given = energy.dtype if isinstance(energy, Tensor) else type(energy).__name__
-        raise TypeError(f'energy must be a floating-point tensor (B,), given {given}')
+        raise TypeError(f'energy must be a floating-point tensor (B,), given {in_words(energy)}')
     if energy.ndim > 1:
         raise ValueError(f'energy must have shape (B,), given {tuple(energy.shape)}; '
                          'for logits use energy_weight(marginal_energy(logits))')
-    energy = energy if energy.dtype == torch.float64 else energy.float()
-    return 1/F.softplus(energy.abs(), threshold=40)
+    return 1/F.softplus(as_float32(energy).abs(), threshold=40)

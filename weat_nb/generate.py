@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import load_tensors, save_tensors
-from .data import ImageData, batches, check_images
+from .checks import (as_path, check_count, check_images, check_labels, check_name,
+                            check_number, in_words, refuse)
+from .data import ImageData, batches
 from .energy import joint_energy
+from .guards import defaults, device_of
 from .measures import to_pixels
-from .params import suggest
 from .runs import Progress
 from .step import FrozenCopy, StepConfig, exact_float32
 
@@ -32,11 +34,8 @@ class ClassPCA:
         images:Tensor, # (N, C, H, W) images of one class, uint8 or float in [0, 1]; N at least 2
         retained_variance:float = .99, # share of the variance that the components keep, in (0, 1]
     ):
-        if not 0 < retained_variance <= 1:
-            raise ValueError(f'retained_variance = {retained_variance!r} is not allowed: '
-                             'it is a share, above 0 and at most 1')
-        if len(images) < 2:
-            raise ValueError(f'{len(images)} image has no variance: a class needs at least 2')
+        share = check_number('retained_variance', retained_variance, above=0, high=1)
+        check_count('len(images)', len(images), 2, hint=': one image has no variance')
         x = to_pixels(images).flatten(1)
         self.shape, self.mean = images.shape[1:], x.mean(0)
         x, n = x - self.mean, len(x)
@@ -51,7 +50,7 @@ class ClassPCA:
                            for t in torch.linalg.eigh(products)) # ascending
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         # the first that reach it
-        enough = int((values.cumsum(0) < retained_variance*values.sum()).sum()) + 1
+        enough = int((values.cumsum(0) < share*values.sum()).sum()) + 1
         # below this float32 sees rounding only
         k = max(1, min(enough, int((values > 1e-6*values[0]).sum())))
         self.std = values[:k].sqrt() # (k,) of the class along each component
@@ -78,10 +77,9 @@ class ClassPCA:
         generator:torch.Generator|None = None, # source of the coefficients
     )->Tensor: # (n, C, H, W) in [0, 1]
         "Mean plus Gaussian coefficients times components, clipped"
-        if not 0 <= sigma < math.inf:
-            raise ValueError(f'sigma = {sigma!r} is not allowed: it must be finite and at least 0')
-        coefficients = sigma*self.std*torch.randn(n, len(self.std), generator=generator,
-                                                  device=self.mean.device)
+        spread = check_number('sigma', sigma, low=0)*self.std
+        coefficients = spread*torch.randn(n, len(self.std), generator=generator,
+                                          dtype=self.mean.dtype, device=self.mean.device)
         return (self.mean + coefficients@self.components).clamp(0, 1).view(n, *self.shape)
 
 # %% ../nbs/08_generate.ipynb #792e822c
@@ -94,9 +92,8 @@ class LocalPCA:
         generator:torch.Generator|None = None, # of the first centres
         rounds:int = 20, # of Lloyd's algorithm
     ):
-        if not 1 <= clusters <= max(1, len(images)//10):
-            raise ValueError(f'clusters = {clusters} is not allowed: {len(images)} images make '
-                             f'at least 1 and at most {max(1, len(images)//10)}')
+        clusters = check_count('clusters', clusters, high=max(1, len(images)//10),
+                               hint=f' for {len(images)} images')
         x = to_pixels(images).flatten(1)
         centres = x[torch.randperm(len(x), generator=generator, device=x.device)[:clusters]]
         for _ in range(rounds):
@@ -149,9 +146,7 @@ class Start:
         # folder where the components of pca are kept; None keeps nothing
         cache:str|Path|None = None,
     ):
-        if name not in STARTS:
-            raise ValueError(f'start = {name!r} is not one of {", ".join(STARTS)}'
-                             f'{suggest(name, STARTS)}')
+        check_name('start', name, STARTS)
         _check_members(data, 2, 'a start')
         self.name, self.data, self.sigma, self.noise_std = name, data, sigma, noise_std
         self.members = [data.images[data.labels == k] for k in range(data.num_classes)]
@@ -162,12 +157,13 @@ class Start:
             self.fitted = [LocalPCA(x, clusters, retained_variance, generator)
                            for x in self.members]
 
+    @defaults(torch.float32, 'cpu')
     def __call__(self,
         y:Tensor, # (N,) classes to begin in
         generator:torch.Generator, # source of all randomness, on the data's device
     )->Tensor: # (N, C, H, W) in [0, 1]
         "Draw a first image for each label"
-        _check_classes(y, self.data.num_classes)
+        check_labels(y, num_classes=self.data.num_classes)
         x = torch.empty(len(y), *self.data.images.shape[1:], device=self.data.images.device)
         for k in y.unique().tolist(): x[y == k] = self._draw(k, int((y == k).sum()), generator)
         return x
@@ -188,16 +184,6 @@ class Start:
         return (flat.mean(0) + weights@(flat - flat.mean(0))).clamp(0, 1).view(n, *shape)
 
 # %% ../nbs/08_generate.ipynb #077ce8f1
-def _check_classes(y:Tensor, num_classes:int)->None:
-    "Labels are whole numbers in 0 … K - 1"
-    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.ndim != 1 or not len(y):
-        raise TypeError(
-            'y must be an int64 tensor (N,) of class indices, given '
-            f'{getattr(y, "dtype", type(y).__name__)} {tuple(getattr(y, "shape", ()))}')
-    if not 0 <= y.min() <= y.max() < num_classes:
-        raise ValueError(f'y must lie in 0..{num_classes - 1}, '
-                         f'it spans {int(y.min())}..{int(y.max())}')
-
 def _check_members(data:ImageData, least:int, what:str)->None:
     "Each class has so many images"
     counts = data.labels.bincount(minlength=data.num_classes)
@@ -215,7 +201,7 @@ def class_pca(
         return [ClassPCA(data.images[data.labels == k], retained_variance)
                 for k in range(data.num_classes)]
     if cache is None: return fit()
-    path = Path(cache)/(f'{data.name}-pca-{data.sha256()[:16]}-'
+    path = as_path(cache)/(f'{data.name}-pca-{data.sha256()[:16]}-'
                         f'{float(retained_variance)!r}.safetensors')
     parts = ('mean', 'std', 'components')
     if not path.exists():
@@ -261,8 +247,13 @@ def sgld(
     progress:Progress|None = None, # steps once a step of a batch
 )->Samples:
     "Descend the joint energy by SGLD with momentum: ν ← ζν − η/2·∇E(x, y), x ← clip(x + ν + noise)"
-    _check_sgld(x0, y, steps, step_size, friction, noise_std, generator, stop_energy, keep,
-                config, batch_size)
+    steps, batch_size = check_count('steps', steps, 0), check_count('batch_size', batch_size)
+    step_size, friction, noise_std = (
+        check_number('step_size', step_size, above=0),
+        check_number('friction', friction, low=0, below=1,
+                     hint=': it is the share of the velocity that a step keeps'),
+        check_number('noise_std', noise_std, low=0))
+    _check_sgld(x0, y, steps, noise_std, generator, stop_energy, keep, config)
     frozen = config.copy_of(model, torch.bfloat16 if config.bf16 else None)
     levels, parts = stop_energy, []
     if levels is None: levels = torch.full_like(y, -math.inf, dtype=torch.float32)
@@ -282,8 +273,9 @@ def sgld(
             velocity = friction*velocity - step_size/2*gradient
             moved = x.detach() + velocity
             if generator is not None and noise_std:
-                moved = moved + noise_std*torch.randn(x.shape, generator=generator,
-                                                      device=generator.device).to(x.device)
+                moved = moved + noise_std*torch.randn(
+                    x.shape, generator=generator, dtype=torch.float32,
+                    device=generator.device).to(x.device)
             x = torch.where(moving[:, None, None, None], moved.clamp(0, 1), x.detach())
             if progress is not None: progress.step()
         parts.append((x.detach(), torch.stack(energies), done,
@@ -298,40 +290,23 @@ def sgld(
     return Samples(images, energy, done, kept)
 
 # %% ../nbs/08_generate.ipynb #e27fdfe0
-def _check_sgld(x0:Tensor, y:Tensor, steps:int, step_size:float, friction:float, noise_std:float,
-                generator:torch.Generator|None, stop_energy:Tensor|None, keep:Sequence[int],
-                config:StepConfig, batch_size:int)->None:
-    "One clear error for each wrong argument"
-    check_images(x0)
-    for name, value, good, allowed in (
-        ('steps', steps, isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0,
-         'a whole number, at least 0'),
-        ('batch_size', batch_size, isinstance(batch_size, int) and batch_size >= 1,
-         'a whole number, at least 1'),
-        ('step_size', step_size, 0 < step_size < math.inf, 'a finite number above 0'),
-        ('friction', friction, 0 <= friction < 1,
-         'at least 0 and below 1: it is the share of the velocity that a step keeps'),
-        ('noise_std', noise_std, 0 <= noise_std < math.inf, 'a finite number, at least 0'),
-        ('keep', keep, all(k in range(steps + 1) for k in keep), f'steps from 0 to {steps}'),
-    ):
-        if not good: raise ValueError(f'{name} = {value!r} is not allowed: it must be {allowed}')
-    for name, t, kind in (('y', y, torch.int64), ('stop_energy', stop_energy, torch.float32)):
-        if t is None and name == 'stop_energy': continue
-        if (not isinstance(t, Tensor) or t.dtype != kind or t.shape != x0.shape[:1]
-                or t.device != x0.device):
-            given = (f'{t.dtype} {tuple(t.shape)} on {t.device}' if isinstance(t, Tensor)
-                     else type(t).__name__)
-            raise ValueError(f'{name} must be {str(kind)[6:]} ({len(x0)},) on {x0.device}, '
-                             f'an entry for each image, given {given}')
-    if stop_energy is not None and stop_energy.isnan().any():
-        raise ValueError('stop_energy holds NaN: the image would never move; '
-                         '-inf lets it take all steps')
+def _check_sgld(x0:Tensor, y:Tensor, steps:int, noise_std:float, generator:torch.Generator|None,
+                stop_energy:Tensor|None, keep:Sequence[int], config:StepConfig)->None:
+    "Images, labels and levels fit one another"
+    check_images(x0, 'x0')
+    check_labels(y, len(x0), device=x0.device)
+    if not set(keep) <= set(range(steps + 1)): refuse('keep', keep, f'steps from 0 to {steps}')
+    if stop_energy is not None and (
+            not isinstance(stop_energy, Tensor) or stop_energy.dtype != torch.float32
+            or (stop_energy.shape, stop_energy.device) != (y.shape, y.device)
+            or bool(stop_energy.isnan().any())):
+        raise ValueError(f'stop_energy must be float32 ({len(x0)},) on {x0.device} without NaN, a '
+                         f'level for each image, given {in_words(stop_energy)}; -inf lets an image '
+                         'take all steps')
     if noise_std and generator is None:
-        raise ValueError(f'noise_std = {noise_std:g} needs a generator: '
-                         'torch.Generator().manual_seed(0), or noise_std=0')
+        refuse('generator', None, f'torch.Generator().manual_seed(0) where noise_std = {noise_std}')
     if config.graph:
-        raise ValueError('graph=True is for the training step; sgld captures no CUDA graph: '
-                         'use StepConfig(graph=False, ...)')
+        refuse('graph', True, 'False: it is for the training step, sgld captures no CUDA graph')
 
 # %% ../nbs/08_generate.ipynb #0faa75db
 @torch.no_grad()
@@ -342,7 +317,7 @@ def class_energies(
     batch_size:int = 500, # images at a time
 )->Tensor: # (K,) in nats
     "Mean joint energy of each class: the level at which a sample looks like its class to the model"
-    frozen, device = FrozenCopy(model), next(model.parameters()).device
+    frozen, device = FrozenCopy(model), device_of(model)
     _check_members(data, 1, 'a mean energy')
     energy = torch.cat([joint_energy(frozen(x), y)
                         for x, y in batches(data.to(device), batch_size)])
@@ -359,8 +334,7 @@ def energy_guided(
     candidates:int = 8, # draws for each image, at least 1
 )->Tensor: # (N, C, H, W) in [0, 1]
     "Of several draws for each image the one of lowest E(x, y)"
-    if candidates < 1:
-        raise ValueError(f'candidates = {candidates} is not allowed: it must be at least 1')
+    candidates = check_count('candidates', candidates)
     frozen = FrozenCopy(model)
     def draw()->tuple[Tensor, Tensor]:
         x = start(y, generator)

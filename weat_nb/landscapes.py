@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .attacks import (ATTACKS, ascent_loss, attack, check_values, pgd_loop, random_targets,
                              starting_point)
-from .guards import check_name
+from .checks import check_count, check_logits, check_name, refuse
+from .guards import device_of
 from .checkpoints import load_tensors, model_tensors, save_tensors
 from .data import ImageData, batches
 from .energy import joint_energy, marginal_energy
@@ -42,7 +43,7 @@ def energy_record(
     "What an attack did to each image: correct or not, $E(x)$, $E(x, y)$ and their $\\Delta$ (nats)"
     out:dict[str, Tensor] = {}
     for name, images in (('nat', x), ('adv', x_adv)):
-        z = net(images).float()
+        z = check_logits(net(images), len(images)).float()
         out |= {f'correct_{name}': (z.argmax(1) == y).float(),
                 f'energy_{name}': marginal_energy(z), f'joint_{name}': joint_energy(z, y)}
     return {**out, **{f'delta_{k}': out[f'{k}_nat'] - out[f'{k}_adv'] for k in ('energy', 'joint')}}
@@ -66,10 +67,10 @@ def steps_record(
     check_name('name', name, FIXED_STEPS)
     own = ATTACKS[name].settings
     loss, start = own['loss'], own.get('start', 'gaussian' if own['loss'] == 'kl' else 'uniform')
-    if list(counts) != sorted(set(counts)) or not counts or counts[0] < 0:
-        raise ValueError(f'counts = {list(counts)} must be different numbers of steps, 0 or more, '
-                         'ascending')
-    with torch.no_grad(): clean = net(x)
+    counts = [check_count('counts', count, 0, hint=' each, ascending') for count in counts]
+    if not counts or counts != sorted(set(counts)):
+        refuse('counts', counts, 'different numbers of steps, at least one, ascending')
+    with torch.no_grad(): clean = check_logits(net(x), len(x))
     target = random_targets(y, clean.shape[1], generator) if ATTACKS[name].targeted else None
     ascend = ascent_loss(loss, y, target, clean)
     x_adv = starting_point(x, eps, start=start, generator=generator)
@@ -138,7 +139,7 @@ def attack_energies(
     **options:Any, # further arguments of the attack
 )->dict[str, Tensor]: # (N,) each: what `energy_record` says
     "Energies of natural images and of the same images under one attack"
-    net, device = FrozenCopy(model), next(model.parameters()).device
+    net, device = FrozenCopy(model), device_of(model)
     measure = lambda x, y, s: energy_record(
         net, x, attack(name, net, x, y, eps=eps, seed=s, **options), y)
     settings = dict(weights=_digest(model_tensors(model)), attack=name, eps=eps, seed=seed,
@@ -160,7 +161,7 @@ def steps_energies(
     progress:Progress|None = None, # steps by the images of a batch
 )->dict[str, Tensor]: # (S, N) each: what `steps_record` says
     "Energies of many images along one run of an attack of fixed steps"
-    net, device = FrozenCopy(model), next(model.parameters()).device
+    net, device = FrozenCopy(model), device_of(model)
     own:dict[str, Any] = dict(counts=list(counts), eps=eps, step_size=step_size)
     measure = lambda x, y, s: steps_record(
         net, x, y, name=name, generator=torch.Generator().manual_seed(s), **own)
@@ -182,9 +183,11 @@ def auroc(
     high:Tensor, # (M,) values expected to be high: the energies of natural images
 )->float: # in [0, 1]
     "Area under the ROC curve: probability that a `low` lies below a `high`, ties counting one half"
-    if not len(low) or not len(high):
-        raise ValueError(f'auroc compares two groups, given {len(low)} and {len(high)} values')
-    ranked, high = low.double().sort().values, high.double()
+    nans = int(low.isnan().sum() + high.isnan().sum())
+    if not len(low) or not len(high) or nans:
+        raise ValueError(f'auroc compares two groups, given {len(low)} and {len(high)} values, '
+                         f'{nans} of them NaN')
+    ranked, high = low.cpu().double().sort().values, high.cpu().double()
     below, not_above = (torch.searchsorted(ranked, high),
                         torch.searchsorted(ranked, high, right=True))
     return ((below + not_above).double().mean()/(2*len(ranked))).item()
@@ -197,7 +200,7 @@ def valley(
     # 1 for a single mode
 )->tuple[float, float]:
     "The deepest valley of a smoothed distribution"
-    v = values.double()
+    v = values.cpu().double() # not every device has float64
     q = v.quantile(torch.tensor([least, .25, .75, 1 - least], dtype=v.dtype))
     spread = min(v.std().item(), (q[2] - q[1]).item()/1.34) or v.std().item()
     if spread == 0: return v[0].item(), 1.

@@ -20,37 +20,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .energy import (_check_labels, _checked_logits, delta_energy, energy_weight,
-                            marginal_energy)
+from .checks import check_labels, check_logits, check_name, check_number
+from .energy import delta_energy, energy_weight, marginal_energy
 from .distributed import all_mean
 from .own import is_address, load_own
-from .params import suggest
 
 # %% ../nbs/03_losses.ipynb #7dd81b8b
 def _inputs(y:Tensor, **logits:Tensor)->list[Tensor]:
     "Logits that fit each other and the labels, float32 or better, in their order; reads no value"
-    checked = [_checked_logits(z, name) for name, z in logits.items()]
-    for name, z in zip(logits, checked):
-        if len(z) == 0: raise ValueError(f"{name} is an empty batch, which has no mean loss")
-        if z.shape[1] < 2:
-            raise ValueError(f"{name} must have at least 2 classes, given shape {tuple(z.shape)}")
-        if z.shape != checked[0].shape:
-            raise ValueError(f"logits {tuple(checked[0].shape)} and {name} {tuple(z.shape)} "
-                             "must have the same shape")
-    _check_labels(y, checked[0])
+    first = next(iter(logits.values()))
+    checked = [check_logits(z, name=name, least=2, like=first) for name, z in logits.items()]
+    if not len(first): raise ValueError("an empty batch has no mean loss")
+    check_labels(y, len(first), device=first.device, values=False)
     return checked
-
-def _check_beta(value:float, name:str="beta")->None:
-    "β is the price of a term, γ what is free of it: a number, 0 or more"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"{name}={value!r} must be a finite number, 0 or more")
 
 def _reduce(values:Tensor, reduction:str)->Tensor:
     "Values of the samples to one number, or as they are"
-    if reduction == "none": return values
-    if reduction == "mean": return values.mean()
-    if reduction == "sum": return values.sum()
-    raise ValueError(f"reduction={reduction!r} is not one of mean, sum, none")
+    check_name("reduction", reduction, ("mean", "sum", "none"))
+    return values if reduction == "none" else getattr(values, reduction)()
 
 def _cross_entropy(logits:Tensor, y:Tensor)->Tensor:
     "CE of every sample, −log p_y"
@@ -62,10 +49,7 @@ def kl_divergence(
     logits_adv:Tensor, # (B, K) logits at the attacked images x*
 )->Tensor: # (B,) in nats, 0 or more
     r"$\mathrm{KL}(p(\cdot \mid x) \,\Vert\, p(\cdot \mid x^\star))$ of every sample, in log space"
-    z, z_adv = _checked_logits(logits), _checked_logits(logits_adv, "logits_adv")
-    if z.shape != z_adv.shape:
-        raise ValueError(f"logits {tuple(z.shape)} and logits_adv {tuple(z_adv.shape)} "
-                         "must have the same shape")
+    z, z_adv = check_logits(logits), check_logits(logits_adv, name="logits_adv", like=logits)
     return F.kl_div(F.log_softmax(z_adv, dim=1), F.log_softmax(z, dim=1),
                     reduction="none", log_target=True).sum(dim=1)
 
@@ -102,7 +86,7 @@ def trades_loss(
     reduction:str = "mean", # "mean", "sum" or "none"
 )->Tensor: # a number, or (B,)
     r"TRADES (Zhang et al. 2019): $-\log p_y + \beta\,\mathrm{KL}(p \,\Vert\, p^\star)$"
-    _check_beta(beta)
+    beta = check_number("beta", beta, low=0)
     z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
     return _reduce(_cross_entropy(z, y) + beta * kl_divergence(z, z_adv), reduction)
 
@@ -117,7 +101,7 @@ def mart_loss(
 )->Tensor: # a number, or (B,)
     r"""MART (Wang et al. 2020):
     boosted CE at $x^\star$ $+\ \beta\,(1 - p_y)\,\mathrm{KL}(p \,\Vert\, p^\star)$"""
-    _check_beta(beta)
+    beta = check_number("beta", beta, low=0)
     z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
     label = y[:, None]
     log_p_adv = F.log_softmax(z_adv, dim=1)
@@ -153,7 +137,7 @@ def mail_trades_loss(
     r"""MAIL-TRADES (Wang, Liu et al. 2021): $-\log p_y + \beta w\,\mathrm{KL}(p \Vert p^\star)$,
     $w$ from the margin"""
     if not weighted: return trades_loss(logits, logits_adv, y, beta=beta, reduction=reduction)
-    _check_beta(beta)
+    beta = check_number("beta", beta, low=0)
     z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
     weight = scale * torch.sigmoid(slope * (probabilistic_margin(z_adv.detach(), y) + bias))
     return _reduce(_cross_entropy(z, y) + beta * weight * kl_divergence(z, z_adv), reduction)
@@ -173,11 +157,9 @@ def weat_loss(
 )->Tensor: # a number, or (B,)
     r"""WEAT (Algorithm 1): $w\,\mathcal{L}_{CE} + \beta w\,\mathrm{KL}(p \Vert p^\star)$,
     $w = 1/\log(1 + \exp|E(x)|)$"""
-    _check_beta(beta)
-    if variant not in ("adv", "nat"):
-        raise ValueError(f"variant={variant!r} is not one of adv, nat")
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights!r} is not one of {', '.join(WEIGHTS)}")
+    beta = check_number("beta", beta, low=0)
+    check_name("variant", variant, ("adv", "nat"))
+    check_name("weights", weights, WEIGHTS)
     z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
     weight = energy_weight(marginal_energy(z.detach()))
     if weights == "mean1": weight = weight / all_mean(weight.mean()) # of all processes' shares
@@ -198,8 +180,8 @@ def der_loss(
 )->Tensor: # a number, or (B,)
     r"""DER (arXiv 2505.22486): $-\log p^\star_y +
     \beta\,[\mathbb{1}]\max(\lVert[\Delta E(x), \Delta E(x, y)]\rVert_2 - \gamma, 0)$"""
-    _check_beta(beta)
-    _check_beta(gamma, "gamma")
+    beta = check_number("beta", beta, low=0)
+    gamma = check_number("gamma", gamma, low=0)
     z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
     drift = torch.stack([delta_energy(z, z_adv), delta_energy(z, z_adv, y)])
     large = drift.detach().abs().amax(dim=0)
@@ -284,12 +266,10 @@ def get_objective(
 )->Objective: # that row
     "The training method of this name"
     if isinstance(name, Objective): return name
+    check_name("objective", name, OBJECTIVES, (is_address, "file.py:row"))
     if name in OBJECTIVES: return OBJECTIVES[name]
-    if is_address(name):
-        return load_own(name, lambda row: isinstance(row, Objective), what="objective",
-                        kind="a row, an Objective")
-    raise ValueError(f"objective={name!r} is not one of {', '.join(OBJECTIVES)}"
-                     f"{suggest(name, OBJECTIVES)}")
+    return load_own(name, lambda row: isinstance(row, Objective), what="objective",
+                    kind="a row, an Objective")
 
 def with_weights(
     row:Objective, # a training method

@@ -12,6 +12,7 @@ __all__ = ['INCEPTION_URL', 'INCEPTION_SHA256', 'to_bytes', 'to_pixels', 'freche
 # %% ../nbs/parts/measures.ipynb #bec580e5
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .checkpoints import CheckpointError, file_sha256
-from .data import check_images, to_float
+from .checks import check_count, check_images, check_labels, in_words
+from .data import to_float
 from .fetch import data_root, download
-from .guards import eval_mode
-from .models import ImageClassifier
+from .guards import device_of, eval_mode
 
 # %% ../nbs/parts/measures.ipynb #dfe21911
 def to_bytes(
@@ -64,11 +65,9 @@ def kernel_distance(
 )->tuple[float, float]: # mean and standard deviation over the subsets
     "Kernel distance, the unbiased squared MMD under a cubic kernel (Bińkowski et al. 2018)"
     a, b = _checked_features(features, reference)
-    if not 2 <= subset_size <= min(len(a), len(b)):
-        raise ValueError(f'subset_size = {subset_size} is not allowed: it must be at least 2 and '
-                         f'at most the number of images, {min(len(a), len(b))}')
-    rng, values, n = np.random.RandomState(seed), [], subset_size
-    for _ in range(subsets):
+    n = check_count('subset_size', subset_size, 2, min(len(a), len(b)), ', the number of images')
+    rng, values = np.random.RandomState(seed), []
+    for _ in range(check_count('subsets', subsets)):
         x, y = (f[torch.from_numpy(rng.choice(len(f), n, replace=False))] for f in (a, b))
         xx, yy, xy = ((s@t.T/s.shape[1] + 1)**3 for s, t in ((x, x), (y, y), (x, y)))
         values.append((sum(k.sum() - k.trace() for k in (xx, yy))/(n*(n - 1)) - 2*xy.mean()).item())
@@ -82,9 +81,7 @@ def inception_score(
 )->tuple[float, float]: # mean and standard deviation over the parts; between 1 and K
     "How sure a network is of each image, how evenly it sees the classes (Salimans et al. 2016)"
     z, = _checked_features(logits)
-    if not 1 <= splits <= len(z):
-        raise ValueError(f'splits = {splits} is not allowed: it must be at least 1 and at most the '
-                         f'number of images, {len(z)}')
+    splits = check_count('splits', splits, 1, len(z), ', the number of images')
     log_p, n, scores = z[torch.from_numpy(
         np.random.RandomState(seed).permutation(len(z)))].log_softmax(1), len(z), []
     for i in range(splits):
@@ -97,15 +94,12 @@ def inception_score(
 # %% ../nbs/parts/measures.ipynb #978bd1a7
 def _checked_features(*features:Tensor)->list[Tensor]:
     "Matrices of equal width, finite, in float64 on the CPU"
-    for f in features:
-        if (not isinstance(f, Tensor) or f.ndim != 2 or len(f) < 2
-                or f.shape[1] != features[0].shape[1]):
-            given = ', '.join(str(tuple(f.shape)) if isinstance(f, Tensor) else type(f).__name__
-                              for f in features)
-            raise ValueError('features must be matrices (N, D) of at least two images and equal D, '
-                             f'given {given}')
-        if not f.isfinite().all():
-            raise ValueError('features must be finite, given NaN or infinite ones')
+    if not all(isinstance(f, Tensor) and f.ndim == 2 and len(f) >= 2
+               and f.shape[1] == features[0].shape[1] and f.isfinite().all() for f in features):
+        given = ', '.join(map(in_words, features))
+        bad = sum(int((~f.isfinite()).sum()) for f in features if isinstance(f, Tensor))
+        raise ValueError('features must be finite matrices (N, D) of at least two images and equal '
+                         f'D, given {given} with {bad} values that are NaN or infinite')
     return [f.detach().cpu().double() for f in features]
 
 # %% ../nbs/parts/measures.ipynb #7642e295
@@ -168,24 +162,30 @@ class _RGB(Dataset):
     def __len__(self)->int: return len(self.images)
     def __getitem__(self, i:int)->Tensor: return self.images[i].expand(3, -1, -1)
 
+def _before_last(network:nn.Module, x:Tensor)->tuple[Tensor, Tensor]:
+    "What the linear layer that gives the logits is given, and the logits"
+    seen:list[tuple[Tensor, Tensor]] = []
+    hooks = [m.register_forward_hook(lambda _, args, z: seen.append((args[0], z)))
+             for m in network.modules() if isinstance(m, nn.Linear)]
+    try: logits = network(x)
+    finally:
+        for hook in hooks: hook.remove()
+    if seen and seen[-1][1] is logits: return seen[-1]
+    raise TypeError(f'{type(network).__name__} does not end in a linear layer, so its features are '
+                    'not known: give a function of images that returns (features, logits)')
+
 @torch.no_grad()
 def extract_features(
     images:Tensor, # (N, C, H, W) uint8 or float in [0, 1]
-    # a network of `create_model`, or a function of images that returns (features, logits)
+    # a network that ends in a linear layer, or a function of images that returns
+    # (features, logits)
     network:nn.Module|Callable[[Tensor], tuple[Tensor, Tensor]],
     *,
     batch_size:int = 250, # images at a time
 )->tuple[Tensor, Tensor]: # features (N, D) and logits (N, K), on the CPU
     "What a network's last layer sees, and what it says; images are rounded to bytes first"
-    device, look = torch.device('cpu'), network
-    if isinstance(network, ImageClassifier):
-        device = next(network.parameters()).device
-        def look(x:Tensor)->tuple[Tensor, Tensor]:
-            h = network.features(network.normalize(x)).mean(dim=(2, 3))
-            return h, network.classify(h)
-    elif isinstance(network, nn.Module):
-        raise TypeError(f'the features of a {type(network).__name__} are not known: give a network '
-                        'of create_model, or a function of images that returns (features, logits)')
+    device = device_of(network)
+    look = partial(_before_last, network) if isinstance(network, nn.Module) else network
     with eval_mode(network):
         found = [[t.float().cpu() for t in look(to_float(part).to(device))]
                  for part in to_bytes(images).split(batch_size)]
@@ -201,9 +201,7 @@ def ssim_neighbours(
     try: from skimage.metrics import structural_similarity
     except ImportError as e:
         raise ImportError("SSIM needs scikit-image: pip install 'weat_nb[measures]'") from e
-    if not 1 <= k <= len(reference):
-        raise ValueError(f'k = {k} is not allowed: it must be at least 1 and at most the number of '
-                         f'real images, {len(reference)}')
+    k = check_count('k', k, 1, len(reference), ', the number of real images')
     ours, theirs = (to_bytes(x).cpu().permute(0, 2, 3, 1).numpy() for x in (images, reference))
     values = torch.tensor([[structural_similarity(a, b, channel_axis=2, data_range=255)
                             for b in theirs] for a in ours])
@@ -217,11 +215,11 @@ def pairwise_distance(
 )->float: # mean over classes
     "Mean Euclidean distance, in pixels of [0, 1], of two images of one class"
     flat, means = to_pixels(images).flatten(1), []
+    check_labels(y, len(images))
     for label in y.unique():
         own = flat[y == label]
-        if len(own) < 2:
-            raise ValueError(f'class {int(label)} has one image only: the distance of two needs at '
-                             'least two')
+        check_count(f'the number of images of class {int(label)}', len(own), 2,
+                    hint=': a distance is of two')
         means.append(torch.pdist(own).mean())
     return torch.stack(means).mean().item()
 

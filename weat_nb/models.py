@@ -10,13 +10,12 @@ __all__ = ['ARCHS', 'OWN_ARCH', 'Normalize', 'ImageClassifier', 'conv3x3', 'PadS
            'init_weights', 'Arch', 'is_own_arch', 'ForeignNetwork', 'create_model']
 
 # %% ../nbs/parts/models.ipynb #753eee85
-import copy
 import math
-import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Number
 from typing import Any
 
 import torch
@@ -24,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .own import is_address, load_own
-from .params import suggest
+from .checks import (check_count, check_images, check_logits, check_name, check_number,
+                            check_size, height_width, score_kind, suggest)
+from .guards import check_precision, copied, defaults, warn_if_no_logits
 
 # %% ../nbs/parts/models.ipynb #222277a7
 class Normalize(nn.Module):
@@ -43,17 +44,6 @@ class Normalize(nn.Module):
 
     def forward(self, x:Tensor)->Tensor:
         return (x - self.mean) / self.std
-
-# %% ../nbs/parts/models.ipynb #09cf5e6f
-def _check_images(x:Tensor, in_channels:int)->None:
-    "Refuse what is not a float batch of the right number of channels; reads static properties only"
-    if x.ndim != 4 or x.shape[1] != in_channels:
-        hint = " (for one image, add a batch axis: x[None])" if x.ndim == 3 else ""
-        raise ValueError(f"the model takes images of shape (B, {in_channels}, H, W), "
-                         f"given {tuple(x.shape)}{hint}")
-    if not x.is_floating_point():
-        raise TypeError(f"the model takes float images in [0, 1], given {x.dtype}; "
-                        "for 0..255 use x.float() / 255")
 
 # %% ../nbs/parts/models.ipynb #02a8ef3d
 class ImageClassifier(nn.Module):
@@ -86,7 +76,8 @@ class ImageClassifier(nn.Module):
         return self.linear(h)
 
     def forward(self, x:Tensor)->Tensor:
-        _check_images(x, self.in_channels)
+        check_images(x, in_channels=self.in_channels, empty=True, values=False)
+        check_precision(x, next(self.parameters()).dtype)
         return self.classify(self.features(self.normalize(x)).mean(dim=(2, 3)))
 
 # %% ../nbs/parts/models.ipynb #0e1725b9
@@ -353,7 +344,7 @@ class ForeignNetwork(ImageClassifier):
         self.network = network
 
     def forward(self, x:Tensor)->Tensor:
-        _check_images(x, self.in_channels)
+        check_images(x, in_channels=self.in_channels, empty=True, values=False)
         return self.network(self.normalize(x))
 
 # %% ../nbs/parts/models.ipynb #820f1d43
@@ -369,7 +360,9 @@ def _small_stem(network:nn.Module)->None:
     for pool in ("maxpool", "features.pool0"):
         if pool in dict(network.named_modules()): network.set_submodule(pool, nn.Identity())
 
-def _timm_network(arch:str, num_classes:int, in_channels:int, image_size:int)->nn.Module:
+def _timm_network(
+    arch:str, num_classes:int, in_channels:int, image_size:int|tuple[int, int],
+)->nn.Module:
     "An untrained network of timm for small images"
     try: import timm
     except ImportError as e:
@@ -381,8 +374,10 @@ def _timm_network(arch:str, num_classes:int, in_channels:int, image_size:int)->n
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size:
         # the smallest patches of at least an eighth that tile the image
-        patch = next(p for p in range(max(image_size // 8, 1), image_size + 1)
-                     if image_size % p == 0)
+        height, width = height_width(image_size)
+        both = math.gcd(height, width)
+        patch = next((p for p in range(max(min(height, width) // 8, 1), both) if both % p == 0),
+                     both)
         try: return timm.create_model(name, **options, img_size=image_size, patch_size=patch)
         except TypeError: return timm.create_model(name, **options, img_size=image_size)
     network = timm.create_model(name, **options)
@@ -390,16 +385,17 @@ def _timm_network(arch:str, num_classes:int, in_channels:int, image_size:int)->n
     return network
 
 def _foreign(
-    arch:str, make:Callable[..., Any], num_classes:int, in_channels:int, image_size:int,
+    arch:str, make:Callable[..., Any], num_classes:int, in_channels:int,
+    image_size:int|tuple[int, int],
 )->ImageClassifier:
     "A network from elsewhere that was tried once on the images it is for"
-    own = is_own_arch(arch)
+    own, shape = is_own_arch(arch), (in_channels, *height_width(image_size))
+    images = "×".join(map(str, shape))
     hint = "" if own else "; a function in a file of one's own can build what fits"
     try: network = make(*([] if own else [arch]), num_classes, in_channels, image_size)
     except (TypeError, ValueError, AssertionError, RuntimeError, StopIteration) as e:
         raise ValueError(f"arch = {arch!r} could not be built for {num_classes} classes and images "
-                         f"of {in_channels}×{image_size}×{image_size} "
-                         f"({type(e).__name__}: {e}){hint}") from e
+                         f"of {images} ({type(e).__name__}: {e}){hint}") from e
     if not isinstance(network, nn.Module):
         raise TypeError(f"arch = {arch!r} must return a torch.nn.Module, "
                         f"and returned {type(network).__name__}")
@@ -407,57 +403,46 @@ def _foreign(
         network, in_channels)
     if next(model.parameters(), None) is None:
         raise ValueError(f"arch = {arch!r} made a network without parameters")
-    x = torch.zeros(2, in_channels, image_size, image_size)
+    x = torch.zeros(2, *shape)
     try: # in both modes; the attack and an average of the weights are made of copies
         with torch.no_grad(): logits = model.eval()(x)
-        trial = copy.deepcopy(model).train()
+        trial = copied(model).train()
         trained = trial(x)
-        copy.deepcopy(trial)
-    except Exception as e:
-        raise ValueError(f"arch = {arch!r} does not take images of {in_channels}×{image_size}×"
-                         f"{image_size} ({type(e).__name__}: {e}){hint}") from e
+        copied(trial)
+    except Exception as e: # anybody's network: any
+        raise ValueError(f"arch = {arch!r} does not take 2 images of {images} "
+                         f"({type(e).__name__}: {e}){hint}") from e
     for mode, out in (("evaluation", logits), ("training", trained)):
-        if isinstance(out, Tensor) and out.shape == (2, num_classes): continue
-        given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"arch = {arch!r} must give logits of shape (B, {num_classes}), and gave "
-                         f"{given} for a batch of 2 in {mode} mode")
+        what = f"the logits of arch = {arch!r} in {mode} mode"
+        if check_logits(out, 2, what, least=num_classes).shape[1] == num_classes: continue
+        raise ValueError(f"{what} must have shape (B, {num_classes}), given {tuple(out.shape)}")
     if not trained.requires_grad:
         raise ValueError(f"arch = {arch!r}: the logits have no gradient; is every part frozen?")
+    if x._version:
+        raise ValueError(f"arch = {arch!r} changes the images that it is given, in place: let it "
+                         "work on a copy, x = x.clone()")
+    warn_if_no_logits(logits if score_kind(logits) else trained, stacklevel=4)
     model.train()
     return model
 
 # %% ../nbs/parts/models.ipynb #d48106ed
-def _whole(name:str, value:int, least:int)->int:
-    "value as an int, refused if it is not a whole number of at least `least`"
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, given {value!r}") from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, given {value!r}")
-    return number
-
-
-def _per_channel(name:str, values:Sequence[float]|None, in_channels:int)->list[float]|None:
-    "values as a list of one finite float per channel"
-    if values is None:
-        return None
-    numbers = [float(v) for v in values]
-    if len(numbers) != in_channels:
-        raise ValueError(f"{name} needs one value per channel: {in_channels}, "
-                         f"given {len(numbers)}: {numbers}")
-    bad = [v for v in numbers if not math.isfinite(v) or (name == "std" and v <= 0)]
-    if bad:
-        raise ValueError(f"{name} must be finite{' and positive' if name == 'std' else ''}, "
-                         f"given {numbers}")
-    return numbers
+def _per_channel(name:str, values:Any, in_channels:int)->list[float]|None:
+    "values as a list of one finite float per channel; one number is that of one channel"
+    if values is None: return None
+    listed = getattr(values, "ndim", int(not isinstance(values, (str, Number))))
+    above = 0 if name == "std" else None
+    numbers = [check_number(name, v, above=above) for v in (values if listed else [values])]
+    if len(numbers) == in_channels: return numbers
+    raise ValueError(f"{name} needs one value per channel: {in_channels}, "
+                     f"given {len(numbers)}: {numbers}")
 
 # %% ../nbs/parts/models.ipynb #b2c42200
 def create_model(
     arch:str, # a name in ARCHS, timm:NAME, or the address of a function of one's own
     num_classes:int, # K, at least 2
     in_channels:int = 3, # C: 1 for grey images, 3 for RGB
-    image_size:int = 32, # height and width it is meant for; recorded, as any size from 8 up works
+    # height and width it is meant for, (H, W) where they differ; recorded, as any from 8 up works
+    image_size:int|Sequence[int] = 32,
     *,
     # C values subtracted from pixels in [0, 1]; None: no normalisation
     mean:Sequence[float]|None = None,
@@ -469,16 +454,13 @@ def create_model(
     init:str = "he",
 )->ImageClassifier: # in training mode, float32, on the CPU
     "A fresh classifier of images in [0, 1]; `create_model(**model.config)` builds one like it"
-    if not isinstance(arch, str) or arch not in ARCHS and not is_address(arch):
-        raise ValueError(f"unknown arch {arch!r}; allowed: {', '.join(ARCHS)}, {OWN_ARCH[1]}"
-                         f"{suggest(arch, ARCHS)}")
+    check_name("arch", arch, ARCHS, OWN_ARCH)
     make = _timm_network if arch.startswith("timm:") else None
     if is_own_arch(arch): make = load_own(arch, what="arch") # outside: what it imports may draw
-    if init not in ("he", "pytorch"):
-        raise ValueError(f"unknown init {init!r}; allowed: he, pytorch")
-    num_classes = _whole("num_classes", num_classes, 2)
-    in_channels = _whole("in_channels", in_channels, 1)
-    image_size = _whole("image_size", image_size, 8)
+    check_name("init", init, ("he", "pytorch"))
+    num_classes = check_count("num_classes", num_classes, 2)
+    in_channels = check_count("in_channels", in_channels)
+    size = check_size("image_size", image_size, 8)
     if (mean is None) != (std is None):
         raise ValueError("mean and std go together: give both or neither, "
                          f"given mean={mean}, std={std}")
@@ -487,15 +469,17 @@ def create_model(
     # Drawn on the CPU whatever the default device, so that a seed means the same weights
     # everywhere. torch.manual_seed would also reseed the GPUs, whose state
     # fork_rng(devices=[]) doesn't put back; the CPU's own generator does not.
-    with torch.device("cpu"), torch.random.fork_rng(devices=[], enabled=seed is not None):
+    with (defaults(torch.float32, "cpu"),
+          torch.random.fork_rng(devices=[], enabled=seed is not None)):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         if make is None:
             model = ARCHS[arch].build(num_classes, in_channels)
             if init == "he": init_weights(model)
-        else: model = _foreign(arch, make, num_classes, in_channels, image_size)
+        else: model = _foreign(arch, make, num_classes, in_channels, size)
         if mean is not None and std is not None:
             model.normalize = Normalize(mean, std)
     model.config = dict(arch=arch, num_classes=num_classes, in_channels=in_channels,
-                        image_size=image_size, mean=mean, std=std)
+                        image_size=size if isinstance(size, int) else list(size), # as JSON has it
+                        mean=mean, std=std)
     return model

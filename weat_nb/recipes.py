@@ -18,9 +18,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
+from .checks import check_number
 from .distributed import all_mean, world_size
 
 # %% ../nbs/parts/recipes.ipynb #206ff1f3
@@ -150,10 +152,11 @@ class Training:
     def _compare(self)->None:
         "After the first update: every process must have come to the same weights"
         self.compared = True
-        here = torch.stack([p.detach().double().pow(2).sum()
-                            for p in self.model.parameters()]).sum()
-        there = all_mean(here)
-        if (here - there).abs() > 1e-12*there.abs():
+        # in float64 on the CPU: not every device has it
+        here = sum(p.detach().cpu().double().pow(2).sum().item() for p in self.model.parameters())
+        there = [here]*world_size()
+        dist.all_gather_object(there, here)
+        if max(there) - min(there) > 1e-12*max(there):
             raise RuntimeError('the processes have come to different weights: the step has to call '
                                'the network through weat_nb.distributed.data_parallel, which '
                                'averages gradients, as TrainStep does')
@@ -202,8 +205,7 @@ def weight_average(
     decay:float = .995, # τ; 1/(1 - τ) updates are remembered
 )->AveragedModel: # its `module` is a network like `model`
     "Exponential moving average of the weights: θ̄ ← τ θ̄ + (1 − τ) θ"
-    if not 0 < decay < 1:
-        raise ValueError(f'decay = {decay!r} is not allowed: it must lie between 0 and 1')
+    decay = check_number('decay', decay, above=0, below=1)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
     average.requires_grad_(False)
     return average
@@ -234,9 +236,8 @@ class AWP:
         step:Any, # a `TrainStep`
         gamma:float = .005, # length of a tensor's perturbation, as a share of its norm
     ):
-        if not 0 < gamma < math.inf:
-            raise ValueError(f'gamma = {gamma!r} is not allowed: it must be a number above 0')
-        self.step, self.gamma, self.objective, self.model = step, gamma, step.objective, step.model
+        self.step, self.gamma = step, check_number('gamma', gamma, above=0)
+        self.objective, self.model = step.objective, step.model
 
     def attack(self,
         x:Tensor, # (B, C, H, W) images in [0, 1]

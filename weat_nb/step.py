@@ -9,13 +9,12 @@ __all__ = ['reference_step', 'forward_passes', 'forward_cost', 'SideBySideConv2d
            'FrozenCopy', 'StepConfig', 'exact_float32', 'TrainStep', 'machine_rates']
 
 # %% ../nbs/10_speed.ipynb #e51d3715
-import copy
 import math
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from .attacks import ascent_loss, pgd_loop, starting_point
-from .data import check_images
 from .distributed import SyncBatchNorm2d, data_parallel
-from .guards import eval_mode
+from .checks import check_count, check_images, check_labels, check_number, height_width
+from .guards import copied, device_of, dtype_of, eval_mode, logits_of, unwrap
 from .losses import Objective, get_objective
+
+# %% ../nbs/10_speed.ipynb #6c12cd85
+def _check_trainable(model:Any)->None:
+    "There must be something to train"
+    if isinstance(model, nn.Module) and any(p.requires_grad for p in model.parameters()): return
+    raise ValueError(f'{type(model).__name__} has no parameter that requires a gradient, so there '
+                     'is nothing to train: give a torch.nn.Module whose weights are its '
+                     'parameters, with requires_grad_(True)')
 
 # %% ../nbs/10_speed.ipynb #b2fb3069
 def reference_step(
@@ -47,19 +56,21 @@ def reference_step(
 )->Tensor: # (), the loss, detached; gradients are left in the parameters
     "An update as the authors compute it (Algorithm 1; float32, nothing hoisted): oracle, yardstick"
     o = get_objective(objective)
+    _check_trainable(model)
     if x_adv is None:
         kind, begin = o.inner_attack()
         model.eval()
         x_adv = starting_point(x, eps, start=begin, generator=generator)
         for _ in range(steps):
             x_adv = x_adv.detach().requires_grad_()
-            clean = model(x) if kind == 'kl' else None # in every step, though it does not change
-            value = ascent_loss(kind, y, clean_logits=clean)(model(x_adv)).sum()
+            # in every step, though it does not change
+            clean = logits_of(model, x) if kind == 'kl' else None
+            value = ascent_loss(kind, y, clean_logits=clean)(logits_of(model, x_adv)).sum()
             gradient, = torch.autograd.grad(value, x_adv)
             x_adv = (x_adv.detach() + step_size*gradient.sign()).clamp(x - eps, x + eps).clamp(0, 1)
     model.train()
-    logits = model(x) if o.needs_clean else None
-    loss = o.loss(logits, model(x_adv), y, beta=beta)
+    logits = logits_of(model, x) if o.needs_clean else None
+    loss = o.loss(logits, logits_of(model, x_adv), y, beta=beta)
     loss.backward()
     return loss.detach()
 
@@ -81,18 +92,19 @@ def forward_passes(
 def forward_cost(
     model:nn.Module, # logits from images
     in_channels:int = 3, # C
-    image_size:int = 32, # H = W, pixels
+    image_size:int|Sequence[int] = 32, # in pixels: H = W, or (H, W)
     element_size:int = 4, # bytes of a number: 4 in float32, 2 in bf16
     # (floating point operations, bytes of activations written and read) of one image's forward pass
 )->tuple[int, int]:
     """What one image costs in one forward pass in evaluation mode: operations by PyTorch's counter,
     bytes as every layer's output written once and read once"""
     from torch.utils.flop_counter import FlopCounterMode
-    numbers = []
-    hooks = [m.register_forward_hook(lambda module, args, out: numbers.append(out.numel()))
+    numbers:list[int] = []
+    hooks = [m.register_forward_hook(lambda module, args, out: numbers.extend(
+                 t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)))
              for m in model.modules() if not list(m.children())]
-    one = torch.zeros(1, in_channels, image_size, image_size,
-                      device=next(model.parameters()).device)
+    one = torch.zeros(1, in_channels, *height_width(image_size),
+                      device=device_of(model), dtype=dtype_of(model))
     try:
         with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(one)
@@ -165,15 +177,20 @@ def timed(
 # %% ../nbs/10_speed.ipynb #68b3323d
 def _conv_bn(module:nn.Module, uses:Counter[nn.Module|None])->Iterator[tuple[str, str]]:
     "Names of the children that are a convolution and the BatchNorm of its output, and nothing else"
-    yield from getattr(module, 'conv_bn', ())
-    if type(module).forward is nn.Sequential.forward:
-        children = list(module._modules.items()) # named_children() omits a module's second place
-        for (first, conv), (second, bn) in zip(children, children[1:]):
-            if (type(conv) is not nn.Conv2d
-                    or not (type(bn) is nn.BatchNorm2d or type(bn) is SyncBatchNorm2d)): continue
-            alone = uses[conv] == uses[bn] == 1 and not any(
-                m._forward_hooks or m._forward_pre_hooks for m in (conv, bn))
-            if alone and bn.affine and bn.track_running_stats: yield first, second
+    # an attribute and no child, which may be called so, too
+    named = vars(module).get('conv_bn', getattr(type(module), 'conv_bn', None))
+    pairs = [p for p in named if isinstance(p, (tuple, list))] if isinstance(
+        named, (tuple, list)) else []
+    children:dict[str, Any] = dict(module._modules) # named_children() omits a module's second place
+    if getattr(type(module), 'forward', None) is nn.Sequential.forward: # not of scripted
+        pairs += [p for p in zip(children, list(children)[1:])
+                  if uses[children[p[0]]] == uses[children[p[1]]] == 1]
+    for pair in pairs:
+        found:list[Any] = [children.get(name) for name in pair]
+        if [type(m) for m in found] not in ([nn.Conv2d, nn.BatchNorm2d],
+                                            [nn.Conv2d, SyncBatchNorm2d]): continue
+        bn, hooked = found[1], any(m._forward_hooks or m._forward_pre_hooks for m in found)
+        if bn.affine and bn.running_mean is not None and not hooked: yield tuple(pair)
 
 # %% ../nbs/10_speed.ipynb #8dab81d6
 def check_compiler(
@@ -189,7 +206,9 @@ def check_compiler(
 class FrozenCopy:
     "A copy of a model for the attack: evaluation mode, no weight gradients, BatchNorm folded in"
     def __init__(self,
-        model:nn.Module, # the model in training; its blocks name their pairs in `conv_bn`
+        # the model in training; its blocks may name their pairs in `conv_bn`, a wrapper is taken
+        # off, and a function is attacked as it is
+        model:Callable[[Tensor], Any],
         dtype:torch.dtype|None = None, # arithmetic of the copy; None: the model's
         channels_last:bool = False, # memory format of weights and images
         fold:bool = True, # fold BatchNorm where the model says that it can be
@@ -198,27 +217,41 @@ class FrozenCopy:
         # up to minutes
         compile:bool = False,
     ):
-        if compile: check_compiler(next(model.parameters()).device.type)
+        inner = unwrap(model)
+        if compile: check_compiler(device_of(inner).type)
         self.format = torch.channels_last if channels_last else torch.contiguous_format
-        self.dtype = dtype or next(model.parameters()).dtype
-        self.model, self.pairs = copy.deepcopy(model).eval(), []
+        self.dtype = dtype or dtype_of(inner)
+        self.pairs:list[tuple[Any, Any, Any]] = [] # convolution, BatchNorm, the copy's convolution
+        # where the model keeps a tensor, its name there, the copy's tensor
+        self.rest:list[tuple[dict[str, Tensor], str, Tensor]] = []
+        self.model:Any = inner
+        if isinstance(inner, nn.Module): self._freeze(inner, dtype, fold, side_by_side)
+        self.forward:Callable[[Tensor], Any] = (torch.compile(self.model) if compile
+                                                else self.model)
+        self.refresh()
+
+    def _freeze(self, model:nn.Module, dtype:torch.dtype|None, fold:bool, side_by_side:bool)->None:
+        "Copy the model, fold its pairs, and note what is to be taken over from it"
+        self.model = copied(model).eval()
+        of = dict(zip(self.model.modules(), model.modules()))
         uses = Counter(child for m in model.modules() for child in m._modules.values())
-        for theirs, ours in zip(model.modules(), list(self.model.modules())):
+        for ours, theirs in list(of.items()):
             for c, b in _conv_bn(theirs, uses) if fold else ():
+                if getattr(ours, b).training: continue # eval() was overridden
                 conv = getattr(ours, c)
                 conv.weight, conv.bias = (nn.Parameter(torch.empty_like(conv.weight)),
                                           nn.Parameter(torch.empty_like(conv.weight[:, 0, 0, 0])))
                 setattr(ours, b, nn.Identity())
                 self.pairs.append((getattr(theirs, c), getattr(theirs, b), conv))
         if side_by_side: _lay_side_by_side(self.model)
-        self.model.to(dtype=self.dtype).to(memory_format=self.format).requires_grad_(False)
+        if dtype is not None: self.model.to(dtype=dtype)
+        self.model.to(memory_format=self.format)
+        for p in self.model.parameters(): p.requires_grad_(False)
         folded = {id(t) for *_, conv in self.pairs for t in conv.parameters()}
-        source = model.state_dict(keep_vars=True)
-        self.rest = [(source[n], t) for n, t in self.model.state_dict(keep_vars=True).items()
-                     if id(t) not in folded]
-        self.forward:Callable[[Tensor], Tensor] = (torch.compile(self.model) if compile
-                                                   else self.model)
-        self.refresh()
+        self.rest = [(getattr(of[ours], kind), name, t) for ours in self.model.modules()
+                     if ours in of for kind in ('_parameters', '_buffers')
+                     for name, t in getattr(ours, kind).items()
+                     if t is not None and id(t) not in folded]
 
     @torch.no_grad()
     def refresh(self)->None:
@@ -228,14 +261,13 @@ class FrozenCopy:
             ours.weight.copy_(conv.weight*scale[:, None, None, None])
             ours.bias.copy_(bn.bias
                             + ((0 if conv.bias is None else conv.bias) - bn.running_mean)*scale)
-        for theirs, ours in self.rest: ours.copy_(theirs)
+        for theirs, name, t in self.rest: t.copy_(theirs[name])
 
     def __call__(self,
         x:Tensor, # (B, C, H, W) images in [0, 1]
     )->Tensor: # (B, K) logits, float32 or better
         "Logits of the model in evaluation mode"
-        logits = self.forward(x.to(dtype=self.dtype, memory_format=self.format))
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return logits_of(self.forward, x.to(dtype=self.dtype, memory_format=self.format))
 
 # %% ../nbs/10_speed.ipynb #1aa77468
 @dataclass(frozen=True)
@@ -319,15 +351,18 @@ class TrainStep:
     ):
         self.model, self.objective, self.beta, self.config = (
             model, get_objective(objective), beta, config)
-        self.eps, self.step_size, self.steps = eps, step_size, steps
+        self.eps = check_number('eps', eps, low=0, high=1, hint=': 8/255, not 8')
+        self.step_size = check_number('step_size', step_size, low=0)
+        self.steps = check_count('steps', steps, 0)
         self.parallel:nn.Module|None = None # the model, averaging gradients over the processes
         self.graphs:dict[tuple[torch.Size, torch.dtype], # by shape and type of the images
                          tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
-        self.device_type, self.checked = next(model.parameters()).device.type, False
+        self.device_type, self.checked = device_of(model).type, False
         self.exact_start = self.objective.attack == 'kl' and config.bf16 and config.exact_start
         if config.graph and self.device_type != 'cuda':
             raise ValueError(f'graph=True needs a CUDA device; the model is on {self.device_type}')
-        if config.channels_last: model.to(memory_format=torch.channels_last)
+        if config.channels_last and isinstance(model, nn.Module):
+            model.to(memory_format=torch.channels_last)
         self.exact:FrozenCopy|None = None # what is attacked, where the objective attacks
         self.fast:FrozenCopy|None = None
         if self.objective.attack:
@@ -344,6 +379,7 @@ class TrainStep:
         (_, begin), (fast, exact) = self.objective.inner_attack(), self._copies()
         if not self.checked: # once: the images of a run all come the same way
             check_images(x)
+            check_labels(y, len(x), values=False)
             self.checked = True
         for frozen in {fast, exact} if self.exact_start else {fast}: frozen.refresh()
         if start is None: start = starting_point(x, self.eps, start=begin, generator=generator)
@@ -409,17 +445,20 @@ class TrainStep:
     )->Tensor: # (), the loss, detached
         "Attack, then back-propagate the objective; gradients are left in the parameters"
         o = self.objective
+        _check_trainable(self.model)
         if o.attack and x_adv is None: x_adv = self.attack(x, y, generator, start)
         # made by the step that is used: of two over the same weights one would wait for ever
-        if self.parallel is None: self.parallel = data_parallel(self.model)
+        if self.parallel is None:
+            self.parallel = (self.model if isinstance(self.model, DistributedDataParallel)
+                             else data_parallel(self.model))
         model = self.parallel.train()
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         with exact_float32(not self.config.bf16):
             with side_by_side(model, self.config.side_by_side), torch.autocast(
                     self.device_type, torch.bfloat16, enabled=self.config.bf16):
-                logits = model(x.contiguous(memory_format=layout)) if o.needs_clean else None
-                logits_adv = (model(x_adv.contiguous(memory_format=layout))
-                              if o.needs_adv and x_adv is not None else None)
+                read = lambda z: logits_of(model, z.contiguous(memory_format=layout), grad=True)
+                logits = read(x) if o.needs_clean else None
+                logits_adv = read(x_adv) if o.needs_adv and x_adv is not None else None
             loss = o.loss(logits, logits_adv, y, beta=self.beta, weighted=weighted)
             loss.backward()
         return loss.detach()

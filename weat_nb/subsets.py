@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_count, check_logits, check_number, in_words, refuse
 from .data import ImageData, batches
 from .energy import marginal_energy
-from .guards import eval_mode
+from .guards import device_of, eval_mode
 from .runs import Progress
 from .step import exact_float32
 from .train import TrainConfig, make_training, measure_energies, summarise, train_epoch
@@ -31,8 +32,8 @@ def judge_images(
     "Marginal energy of every natural image, and whether the model is right about it"
     energy, correct = [], []
     with eval_mode(model), exact_float32():
-        for x, y in batches(data.to(next(model.parameters()).device), batch_size):
-            logits = model(x)
+        for x, y in batches(data.to(device_of(model)), batch_size):
+            logits = check_logits(model(x), len(x))
             energy.append(marginal_energy(logits))
             correct.append(logits.argmax(1) == y)
     return torch.cat(energy).cpu(), torch.cat(correct).cpu()
@@ -47,13 +48,13 @@ def energy_subsets(
     equal_sizes:bool = False, # all four leave out the same number of images
 )->dict[str, Tensor]: # I, C, H, L: (N,) bool, which images stay
     "The four data sets of supplement A.4"
-    if energy.ndim != 1 or correct.shape != energy.shape or correct.dtype != torch.bool:
-        raise ValueError('energy must be (N,) and correct bool (N,), '
-                         f'given {tuple(energy.shape)} and {correct.dtype} {tuple(correct.shape)}')
+    share = check_number('share', share, above=0, below=1)
+    bad = int((~energy.isfinite()).sum())
+    if energy.ndim != 1 or correct.shape != energy.shape or correct.dtype != torch.bool or bad:
+        raise ValueError(f'energy must be finite (N,) and correct bool (N,), given '
+                         f'{in_words(energy)}, {bad} values that are NaN or infinite, and '
+                         f'{in_words(correct)}')
     n, n_wrong, n_removed = len(energy), int((~correct).sum()), round(share*len(energy))
-    if not energy.isfinite().all():
-        raise ValueError(f'energy holds {int((~energy.isfinite()).sum())} values '
-                         'that are NaN or infinite')
     if equal_sizes: n_removed = min(n_removed, n_wrong)
     n_drawn = n_removed if equal_sizes else n_wrong
     if not 0 < n_removed < n - n_wrong or n_drawn >= n - n_wrong:
@@ -64,12 +65,12 @@ def energy_subsets(
     generator = torch.Generator().manual_seed(seed)
     def draw(chosen:Tensor)->Tensor:
         return chosen.nonzero().squeeze(1)[
-            torch.randperm(int(chosen.sum()), generator=generator)][:n_drawn]
+            torch.randperm(int(chosen.sum()), generator=generator, device='cpu')][:n_drawn]
     drawn, order, from_top = (draw(correct), energy.argsort(stable=True),
                               energy.argsort(descending=True, stable=True))
     removed = dict(I=draw(~correct), C=drawn, H=from_top[correct[from_top]][:n_removed],
                    L=order[:n_removed])
-    kept = {name: torch.ones(n, dtype=torch.bool) for name in removed}
+    kept = {name: torch.ones(n, dtype=torch.bool, device='cpu') for name in removed}
     for name, index in removed.items(): kept[name][index] = False
     return kept
 
@@ -119,13 +120,10 @@ def train_on(
     "Adversarial training on given images, measured on given images as it goes"
     device, history = next(model.parameters()).device, []
     if config.aux_fraction:
-        raise ValueError(f'aux_fraction = {config.aux_fraction:g} is not allowed: train_on has '
-                         'the images that it is given; mix synthesised ones into them, or use fit')
-    if eval_every < 1:
-        raise ValueError(f'eval_every = {eval_every} is not allowed: it must be at least 1')
-    if len(train) < config.batch_size:
-        raise ValueError(f'batch_size = {config.batch_size} is not allowed: '
-                         f'there are only {len(train)} training images')
+        refuse('aux_fraction', config.aux_fraction, '0 here: train_on has the images that it is '
+               'given; mix synthesised ones into them, or use fit')
+    eval_every = check_count('eval_every', eval_every)
+    check_count('batch_size', config.batch_size, high=len(train), hint=', the training images')
     training = make_training(model, config)
     train, test = train.to(device), test.to(device)
     for epoch in range(1, config.epochs + 1):

@@ -8,11 +8,9 @@ Docs: https://weat-nb.github.io/weat_nb/trades_ebm.html.md"""
 __all__ = ['kl_energy_terms', 'trades_energy']
 
 # %% ../nbs/01_trades_ebm.ipynb #96684a7f
-import math
-from numbers import Real
-
 from torch import Tensor
 
+from .checks import check_number
 from .energy import delta_energy, joint_energy, marginal_energy
 
 # %% ../nbs/01_trades_ebm.ipynb #b13da6d3
@@ -36,9 +34,7 @@ def trades_energy(
     beta:float, # weight of the divergence, >= 0; 0 is plain cross-entropy, the paper uses 6 and 7
 )->Tensor: # (B,) the TRADES loss of each image, in nats
     "The TRADES loss written in energies only (Corollary 1, Eq. 5)"
-    if not isinstance(beta, Real) or not 0 <= beta < math.inf:
-        raise ValueError(f'beta must be a finite number >= 0, given {beta!r}; '
-                         'the paper uses 6 or 7')
+    beta = check_number('beta', beta, low=0, hint='; the paper uses 6 or 7')
     conditional, _ = kl_energy_terms(logits, logits_adv) # E_p[E(x*, k) - E(x, k)]
     return (joint_energy(logits, y) + (beta - 1)*marginal_energy(logits)
             - beta*(marginal_energy(logits_adv) - conditional))

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_count, check_name
+
 # %% ../nbs/parts/verdicts.ipynb #5765ea81
 def _stats()->Any:
     "scipy.stats, which only the intervals need"
@@ -50,15 +52,24 @@ class Interval:
         return f'{self.estimate:.{digits}f}{ends}{" " if unit else ""}{unit}{bare}'
 
 # %% ../nbs/parts/verdicts.ipynb #95d2f0fc
+def _float64(values:Tensor|Sequence[float])->Tensor: # on the CPU: not every device has it
+    return torch.as_tensor(values.detach().cpu() if isinstance(values, Tensor) else values,
+                           dtype=torch.float64)
+
+def _sample(
+    name:str, values:Tensor|Sequence[float], good:Callable[[Tensor], Tensor], kind:str, bad:str,
+)->Tensor: # (n,) float64
+    v = _float64(values)
+    if v.ndim != 1 or not len(v) or not good(v).all():
+        raise ValueError(f'{name} must be (n,) {kind}, n at least 1, given shape {tuple(v.shape)} '
+                         f'with {int((~good(v)).sum())} that are {bad}')
+    return v
+
 def mean_interval(
     values:Tensor|Sequence[float], # (n,) independent values; of a comparison, paired differences
 )->Interval: # of their mean
     "Student's t interval of a mean"
-    v = torch.as_tensor(values, dtype=torch.float64)
-    if v.ndim != 1 or not len(v) or not v.isfinite().all():
-        raise ValueError('values must be (n,) finite numbers, n at least 1, given shape '
-                         f'{tuple(v.shape)} with {int((~v.isfinite()).sum())} that are NaN or '
-                         'infinite')
+    v = _sample('values', values, torch.isfinite, 'finite numbers', 'NaN or infinite')
     mean = v.mean().item()
     if (v == v[0]).all(): # so few or so coarse that their spread is unknown
         return Interval(mean, -math.inf, math.inf, len(v))
@@ -73,7 +84,7 @@ def difference_interval(
     means = [mean_interval(group) for group in (a, b)]
     n, here = min(m.n for m in means), means[0].estimate - means[1].estimate
     if any(math.isinf(m.low) for m in means): return Interval(here, -math.inf, math.inf, n)
-    x, y = (torch.as_tensor(group, dtype=torch.float64).numpy() for group in (a, b))
+    x, y = (_float64(group).numpy() for group in (a, b))
     found = _stats().ttest_ind(x, y, equal_var=False).confidence_interval(.95)
     return Interval(here, min(float(found.low), here), max(float(found.high), here), n)
 
@@ -81,12 +92,9 @@ def share_interval(
     hits:Tensor|Sequence[bool], # (n,) whether each image counts
 )->Interval: # of the share, in percent
     "Exact interval of a share (Clopper and Pearson 1934)"
-    h = torch.as_tensor(hits)
-    if h.ndim != 1 or not len(h) or ((h != 0) & (h != 1)).any():
-        raise ValueError('hits must be (n,) of true and false, n at least 1, '
-                         f'given shape {tuple(h.shape)}')
+    h = _sample('hits', hits, lambda v: (v == 0) | (v == 1), 'of true and false', 'neither')
     found = _stats().binomtest(int(h.sum()), len(h)).proportion_ci(.95, method='exact')
-    share = h.double().mean().item()
+    share = h.mean().item()
     return Interval(100*share, 100*min(found.low, share), 100*max(found.high, share), len(h))
 
 def bootstrap_interval(
@@ -97,8 +105,8 @@ def bootstrap_interval(
     seed:int = 0, # of the draws
 )->Interval: # of the statistic
     "Percentile bootstrap over images, which all parts of the statistic share"
-    if n < 2: raise ValueError(f'n = {n}: a bootstrap needs at least 2 images')
-    if draws < 100: raise ValueError(f'draws = {draws}: quantiles of 2.5 % need at least 100')
+    n = check_count('n', n, 2, hint=' images')
+    draws = check_count('draws', draws, 100, hint=': quantiles of 2.5 % need them')
     generator, here = torch.Generator().manual_seed(seed), float(statistic(torch.arange(n)))
     drawn = torch.tensor([float(statistic(torch.randint(n, (n,), generator=generator)))
                           for _ in range(draws)])
@@ -131,8 +139,7 @@ def verdict(
     reached:Mapping[str, Any]|None = None, # that of the run
 )->str: # supported, not supported, inconclusive or not tested at scale
     "Whether a measurement supports a claim"
-    if side not in ('above', 'below'):
-        raise ValueError(f'side = {side!r} is not one of above, below')
+    check_name('side', side, ('above', 'below'))
     if needs and short_of(needs, reached or {}): return 'not tested at scale'
     if found is None: return 'inconclusive'
     low, high, bound = found.low, found.high, threshold
@@ -143,9 +150,9 @@ def all_of(
     verdicts:Sequence[str], # of the parts of a claim
 )->str: # one verdict
     "A claim of several parts: supported if every part is, not supported if one is not"
-    if not verdicts: raise ValueError('a claim has at least one part')
-    return next((v for v in ('not supported', 'not tested at scale', 'inconclusive')
-                 if v in verdicts), 'supported')
+    order = ('not supported', 'not tested at scale', 'inconclusive', 'supported')
+    check_count('len(verdicts)', len(verdicts), hint=': a claim has at least one part')
+    return min((check_name('verdict', v, order) for v in verdicts), key=order.index)
 
 # %% ../nbs/parts/verdicts.ipynb #51c1097a
 def claim_row(
