@@ -1,18 +1,20 @@
 "Networks by name: what is shipped loads and classifies, what was changed is refused"
 import json
+import shutil
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from test_bad_parameters import page, root
 from weat_nb.checkpoints import CheckpointError, save_checkpoint
 from weat_nb.data import load_dataset, to_float
 from weat_nb.evaluate import load_model
 from weat_nb.models import create_model
 from weat_nb.pretrained import (
-    PUBLIC_MODELS, load_pretrained, load_weights, model_folders, pretrained_names, pretrained_note,
-    publish_model)
+    PUBLIC_MODELS, check_pretrained, load_pretrained, load_weights, model_folders, pretrained_names,
+    pretrained_note, publish_model, split_code)
 
 
 def accuracy(model, data):
@@ -91,7 +93,7 @@ def test_from_an_address(address, cache):
 def test_a_public_network_is_looked_for_where_it_is_published(address, cache, monkeypatch):
     "An address holds the caller's own networks and is no folder"
     asked = []
-    def download(url, path, sha256):
+    def download(url, path, sha256, **options):
         asked.append((url, path))
         raise ConnectionError
     monkeypatch.setattr('weat_nb.pretrained.download', download)
@@ -124,7 +126,7 @@ def test_callers_folder_comes_first(published): assert model_folders(published)[
 
 @pytest.mark.parametrize('name, message', [
     ('', 'plain file name'), ('a/b', 'plain file name'), ('a:b', 'plain file name'),
-    ('cifar10-standard-resnet20', 'a public network is called that')])
+    ('cifar10-standard-resnet20', 'not that of a public model')])
 def test_bad_name_to_publish(name, message, published):
     with pytest.raises(ValueError, match=message):
         publish_model(published.parent/'run', name, published)
@@ -140,3 +142,87 @@ def test_wrong_architecture(tmp_path):
         load_weights(tmp_path/'w.pt', 'resnet8')
     with pytest.raises(FileNotFoundError, match='no weights at'):
         load_weights(tmp_path/'v.pt', 'resnet8')
+
+
+NET = '''
+from torch import nn
+def make(num_classes, in_channels, image_size):
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 5, stride=4), nn.BatchNorm2d(4), nn.Flatten(),
+                         nn.Linear(144, num_classes))
+'''
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    "A folder with the code of a network and its checkpoint"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'my_net.py').write_text(NET)
+    model = create_model('my_net.py:make', 10, 1, 28, seed=1)
+    save_checkpoint('run/best.safetensors', model,
+                    metadata=dict(epoch=3, config=dict(dataset='fashion_mini')))
+    return model.eval()
+
+
+def same(a, b):
+    x = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): return torch.equal(a(x), b(x))
+
+
+def test_a_checkpoint_and_the_code_of_its_network(own, tmp_path, monkeypatch):
+    "PATH@CODE, wherever there is an @ beside; a file that is called like that is itself"
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    for place in ('a@b/best.safetensors', 'c@my_net.py:make/best.safetensors', 'd@e:f'):
+        (tmp_path/place).parent.mkdir(exist_ok=True)
+        shutil.copy('run/best.safetensors', place)
+        for name in (f'{place}@my_net.py:make', f'{place} @ my_net.py:make',
+                     f'{tmp_path}/{place}@{tmp_path}/my_net.py:make',
+                     f'~/{place}@~/my_net.py:make', f'{place}@my_net:make'):
+            if name.endswith('my_net:make'): monkeypatch.syspath_prepend(tmp_path)
+            check_pretrained('model', name)
+            assert same(load_pretrained(name), own)
+            model, about, dataset = load_model(name)
+            assert same(model, own) and (about['epoch'], dataset) == (3, 'fashion_mini')
+            assert about['name'].endswith(place)
+    for name in ('d@e:f', 'run/best.safetensors', 'run/best.safetensors@timm:resnet10t',
+                 'x@resnet8', '@my_net.py:make', 'my_net.py:make', 'fashion_mini-sat-resnet8'):
+        assert split_code(name) == (name, None)
+    torch.save(own.network.state_dict(), 'bare.pth')
+    model, about, _ = load_model('bare.pth@my_net.py:make', dataset='fashion_mini')
+    assert same(model, own) and about['taken']['tensors'] == 9
+
+
+@pytest.mark.parametrize('name, message', [
+    ('run/best.safetensors@nope.py:make', 'no file nope.py'),
+    ('run/best.safetensors@my_net.py:mak', "did you mean 'make'"),
+    ('run/bets.safetensors@my_net.py:make', "no such file|did you mean 'best.safetensors'"),
+    ('fashion_mini-sat-resnet9@my_net.py:make', "did you mean 'fashion_mini-sat-resnet8'|no weights"
+                                                '|no pretrained model')])
+def test_a_checkpoint_or_code_that_is_not_there(name, message, own):
+    for call in (load_pretrained, load_model, lambda n: check_pretrained('model', n)):
+        with pytest.raises((ValueError, FileNotFoundError), match=message): call(name)
+
+
+def test_a_published_network_of_ones_own(own, tmp_path):
+    "By its name, with its code; in every door"
+    publish_model('run', 'mine', tmp_path/'there', arch='my_net.py:make')
+    half = load_pretrained('mine@my_net.py:make', root='there')
+    for model, about, dataset in (load_model('mine@my_net.py:make', root='there'),
+                                  load_model('mine', arch='my_net.py:make', root='there')):
+        assert same(model, half) and (about['epoch'], dataset) == (3, 'fashion_mini')
+    with pytest.raises(CheckpointError, match='leave arch out'):
+        load_model('fashion_mini-sat-resnet8@my_net.py:make')
+
+
+@pytest.mark.parametrize('chapter, parameter', [
+    ('06_landscapes', 'models'), ('07_subsets', 'judge'), ('08_generate', 'judge'),
+    ('08_generate', 'model'), ('09_evaluate', 'checkpoint'), ('10_speed', 'checkpoint')])
+def test_chapters_take_a_checkpoint_and_its_code(chapter, parameter, own):
+    name = 'run/best.safetensors@my_net.py:make'
+    given = f'{name}, fashion_mini-sat-resnet8' if parameter == 'models' else name
+    names = page(root/'nbs'/f'{chapter}.ipynb').run(**{parameter: given}, device='cpu')
+    config = next(v for v in names.values() if parameter in getattr(type(v), '__annotations__', ()))
+    assert getattr(config, parameter) in (name, [name, 'fashion_mini-sat-resnet8'])
+    for wrong in (name.replace('my_net', 'nope'), name.replace('best', 'bets')):
+        error = page(root/'nbs'/f'{chapter}.ipynb').refuses(**{parameter: wrong}, device='cpu')
+        assert f'{parameter} = ' in error and ('nope.py' in error or 'bets' in error)
