@@ -1,6 +1,11 @@
 """The evaluation: AutoAttack as pyautoattack has it, evaluations killed and taken up, what is
 refused, and the results page"""
+import argparse
+import copy
+import dataclasses
 import json
+import math
+import random
 import re
 import shutil
 import signal
@@ -13,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pyautoattack import AutoAttack
 from safetensors.torch import save_file
 from test_bad_parameters import page
@@ -28,9 +34,10 @@ from weat_nb.models import create_model
 from weat_nb.pretrained import load_pretrained
 from weat_nb.records import (
     _OBJECTIVES, PAPER_RESULTS, measured_table, not_run_yet, paper_numbers, paper_table,
-    read_records, record_rows,
+    read_records, record_rows, standard_error,
 )
-from weat_nb.runs import lock_file
+from weat_nb.runs import lock_file, lock_run, write_text
+from weat_nb.train import from_protocol
 
 root = Path(__file__).parent.parent
 EPS = dict(eps=.03, step_size=.01, show=False)
@@ -206,7 +213,7 @@ def test_state_of_something_else_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             evaluate(*given, ('pgd-5',), state, **{**EPS, **options})
     with pytest.raises(ValueError,
-                       match='the state holds batches of 40 images, given batch_size = 7'):
+                       match='state.json holds batches of 40 images, given batch_size = 7'):
         evaluate(model, data, ('pgd-5',), state, batch_size=7, **EPS)
     assert state.read_bytes() == before
     for text in ('{"format"', '[]', '{"format": "other"}'):
@@ -286,7 +293,10 @@ def test_rows_stand_in_the_order_of_the_objectives(tmp_path):
     assert known == list(OBJECTIVES)[:len(known)]
     names = [*known, 'a_loss_of_ones_own', None]
     for i, name in enumerate(reversed(names)):
-        (tmp_path/f'{i:02}.json').write_text(json.dumps(record_of(name and dict(objective=name))))
+        record = published()
+        record['model'] |= record_of(name and dict(objective=name))['model']
+        record['model']['weights_sha256'] = f'{i:064}'
+        (tmp_path/f'{i:02}.json').write_text(json.dumps(record))
     found = read_records(tmp_path)
     assert [(r['model']['training'] or {}).get('objective') for r in found] == names
     assert [r['objective'] for r in measured_table(found)] == [*names[:-1], 'run']
@@ -651,13 +661,34 @@ def test_robustbench_says_what_to_do(monkeypatch):
 
 @pytest.mark.parametrize('parameters, message', [
     (dict(atacks='clean'), "unknown parameter 'atacks' - did you mean 'attacks'"),
-    (dict(attacks='clean, fgsm'), "attack 'fgsm' is not one of clean, pgd-20")],
+    (dict(attacks='clean, fgsm'), "attack = 'fgsm' is not allowed: it must be clean, pgd-20")],
     ids=lambda v: str(v)[:20])
 def test_bad_parameters_stop_before_any_work(parameters, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # papermill gives the same error: test_bad_parameters.py
     assert re.search(message, page(root/'nbs/09_evaluate.ipynb').refuses(**parameters))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('names, message', [
+    (dict(run_dir='same', state='same'), "state = 'same' is not allowed: it must be a file"),
+    (dict(run_dir='/dev/null/run', state='state.json'), 'name a folder that can be written to')])
+def test_a_record_without_a_place_stops_before_any_work(names, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('weat_nb.evaluate.attack_batch', None)
+    cells = json.loads((root/'nbs/09_evaluate.ipynb').read_text(encoding='utf-8'))['cells']
+    run = next(s for s in (''.join(c['source']) for c in cells) if 'record.json' in s
+               and 'evaluate(' in s and 'write_text(' in s)
+    config = argparse.Namespace(
+        checkpoint='', arch=None, dataset='', key=None, root=None, device='cpu', seed=0,
+        num_images=2, batch_size=None, eps=.1, step_size=.1, names=lambda: ['clean'],
+        numbers=lambda name: None, **names)
+    model, data = create_model('resnet8', 10, 1, 28).eval(), load_dataset('fashion_mini', 'test')
+    with pytest.raises((ValueError, OSError), match=message):
+        exec(run, dict(config=config, load_model=lambda *a, **k: (model, {}, 'fashion_mini'),
+                       load_dataset=lambda *a: data, from_protocol=from_protocol, Path=Path,
+                       evaluate=evaluate, lock_run=lock_run, write_text=write_text, json=json))
+    assert not [p for p in tmp_path.rglob('*') if p.suffix == '.json']
 
 
 results = root/'nbs/results/index.ipynb'
@@ -688,3 +719,619 @@ def test_results_page_shows_the_records(tmp_path):
 def test_records_hold_no_paths_of_machines():
     records = [(p.name, p.read_text()) for p in (results.parent/'records').glob('*.json')]
     assert records and not [name for name, text in records if re.search(r'"(~|/|[A-Z]:)', text)]
+
+
+class Broken(nn.Module):
+    "A network that is no fixed function of one image, in one of the usual ways"
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.calls = how, 0
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 8, 3, stride=2),
+            nn.BatchNorm2d(8, track_running_stats=how != 'no statistics'), nn.ReLU(),
+            nn.Dropout(.3), nn.Flatten(), nn.Linear(72, 10))
+
+    def train(self, mode=True): return super().train(mode or self.how in ('stays', 'dropout stays'))
+
+    def forward(self, x):
+        self.calls += 1
+        if self.how == 'noise': x = x + .2*torch.randn_like(x)
+        if self.how == 'flips': x = torch.where(torch.rand(len(x), 1, 1, 1) < .5, x, x.flip(3))
+        if self.how == "Python's coin": x = x if random.random() < .5 else x.flip(3)
+        if self.how == "NumPy's coin": x = x if np.random.rand() < .5 else x.flip(3)
+        if self.how == 'F.dropout': x = F.dropout(x, .3)
+        if self.how == 'a state': x = x/self.calls
+        if self.how == "the batch's mean": x = x - x.mean(0)
+        if self.how == 'its place': x = x*torch.linspace(.5, 1, len(x))[:, None, None, None]
+        if self.how == 'stays': return nn.Sequential(*self.net[:3], *self.net[4:])(x)
+        return self.net(x)
+
+
+def states_of_chance():
+    return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())
+
+
+CALLS, MATES = 'changes from call to call', 'depends on batch-mates'
+
+
+@pytest.mark.parametrize('how, kinds', [
+    ('no statistics', [MATES]), ("the batch's mean", [MATES]), ('its place', [MATES]),
+    ('stays', [MATES, 'the model moved while it was measured']),
+    ('noise', [CALLS]), ('flips', [CALLS]), ("Python's coin", [CALLS]), ("NumPy's coin", [CALLS]),
+    ('F.dropout', [CALLS]), ('a state', [CALLS]),
+    ('dropout stays', [CALLS, 'the model moved while it was measured'])])
+def test_a_model_that_is_no_function_of_one_image_is_reported(how, kinds, survived):
+    "It is left as it was, and so are the random states"
+    model = Broken(how)
+    data, before = images_for(tiny()), states_of_chance()
+    tensors, modes = weights_sha256(model), [m.training for m in model.modules()]
+    with pytest.warns(EvaluationWarning) as seen:
+        record = evaluate(model, data, ('pgd-5',), num_images=16, **EPS).record
+    texts = [str(w.message) for w in seen]
+    found = [t.split(':')[0] for t in texts]
+    assert [k for k in found if k not in ('zero gradients', 'too good')] == kinds
+    assert record['warnings'] == texts and states_of_chance() == before
+    assert weights_sha256(model) == tensors and modes == [m.training for m in model.modules()]
+    if 'stays' in how: assert 'net.1.running_mean by up to' in texts[-1]
+    if how == 'stays': assert 'in training mode after eval(): ' in texts[0]
+    survived('5 numbers', f'the model is no fixed function of one image: {how}', 1,
+             'a warning in the record; the model and the random states stay as they were')
+
+
+class Rounding(nn.Module):
+    "Every operation in the arithmetic of a GPU"
+    def __init__(self, inner, how):
+        super().__init__()
+        self.inner, self.how = inner, how
+
+    def forward(self, x):
+        if self.how in (torch.bfloat16, torch.float16):
+            with torch.autocast('cpu', self.how): return self.inner(x)
+        for layer in self.inner: # TF32 keeps 10 bits of what is multiplied
+            x = layer((x.detach().view(torch.int32) + 2**12 & ~(2**13 - 1)).view(torch.float32)
+                      + x - x.detach())
+        return x
+
+
+@pytest.mark.parametrize('how', [torch.bfloat16, torch.float16, 'tf32'])
+@pytest.mark.parametrize('scale, offset', [(1, 0), (1000, 0), (1, 1000)])
+def test_rounding_is_no_reason_for_a_warning(how, scale, offset):
+    inner = Broken('nothing').net.eval()
+    with torch.no_grad():
+        inner[5].weight.mul_(scale)
+        inner[5].bias.add_(offset)
+    model = Rounding(inner, how)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', f'({CALLS}|{MATES}|the model moved|no logits)')
+        evaluate(model, images_for(inner), ('clean',), **EPS)
+
+
+def test_the_probe_changes_nothing_of_an_honest_network(monkeypatch):
+    model, _, dataset = load_model('fashion_mini-sat-resnet8')
+    data = load_dataset(dataset, 'test')[:9]
+    looked = evaluate(model, data, ('pgd-5', 'cw'), show=False)
+    monkeypatch.setattr('weat_nb.probe.Probe.look', lambda self: [])
+    monkeypatch.setattr('weat_nb.probe.Probe.look_again', lambda self: [])
+    blind = evaluate(model, data, ('pgd-5', 'cw'), show=False)
+    assert numbers(looked.record) == numbers(blind.record) and not looked.record['warnings']
+    for attack in blind.correct: assert torch.equal(looked.correct[attack], blind.correct[attack])
+
+
+class Restless(nn.Module):
+    "Whatever a forward pass can do to a module; it fails, if asked to"
+    def __init__(self, fails=math.inf):
+        super().__init__()
+        self.net, self.fails, self.calls = tiny(), fails, 0
+        self.register_buffer('hidden', torch.zeros(2), persistent=False)
+        self.register_buffer('replaced', torch.ones(3))
+        self.register_buffer('count', torch.tensor(0))
+        self.register_buffer('nan', torch.tensor(float('nan')))
+        self.register_buffer('nothing', None)
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > self.fails: raise KeyboardInterrupt
+        with torch.no_grad():
+            self.hidden += 1
+            self.count += 1
+            self.replaced, self.nothing = self.replaced*1.5, torch.ones(1)
+            self.net[0].bias.data.add_(1e-4)
+        self.register_buffer('new', torch.ones(1))
+        self.frozen.requires_grad_(True)
+        self.net.train()
+        return self.net(x)
+
+
+@pytest.mark.parametrize('fails', [math.inf, 1, 25, 60])
+def test_the_model_is_left_as_it_was_whatever_happens(fails):
+    model = Restless(fails)
+    data, held = images_for(model.net), {**dict(model.named_parameters()),
+                                         **dict(model.named_buffers())}
+    values = {k: t.detach().clone() for k, t in held.items()}
+    modes, trained = ([m.training for m in model.modules()],
+                      [p.requires_grad for p in model.parameters()])
+    if fails < math.inf:
+        with pytest.raises(KeyboardInterrupt), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            evaluate(model, data, ('pgd-20',), batch_size=5, **EPS)
+    else:
+        with pytest.warns(EvaluationWarning, match='the model moved .*hidden.*put back'):
+            evaluate(model, data, ('pgd-20',), batch_size=5, **EPS)
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert list(now) == list(held) and model.nothing is None and not hasattr(model, 'new')
+    for name, t in now.items():
+        assert t is held[name] and torch.equal(t.nan_to_num(7), values[name].nan_to_num(7)), name
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == trained
+
+
+class Merged(nn.Linear):
+    "An update of low rank that eval() adds to the weight and train() takes off, as loralib has it"
+    def __init__(self, k=10):
+        super().__init__(72, k)
+        self.a, self.b = nn.Parameter(torch.randn(2, 72)), nn.Parameter(torch.randn(k, 2))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged: self.weight.data += (-1 if mode else 1)*self.b@self.a
+        self.merged = not mode
+        return self
+
+    def forward(self, x): return super().forward(x) + (0 if self.merged else x@self.a.T@self.b.T)
+
+
+class Fused(nn.Module):
+    "A normalisation that eval() moves into the layer behind it, for good"
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear, self.fused = nn.BatchNorm1d(72), nn.Linear(72, 10), False
+        self.norm.running_mean += torch.randn(72)
+
+    def train(self, mode=True):
+        if not mode and not self.fused:
+            norm, linear = self.norm, self.linear
+            linear.bias.data -= (norm.running_mean*linear.weight).sum(1)/(1 + norm.eps)**.5
+            linear.weight.data /= (1 + norm.eps)**.5
+            self.norm, self.fused = nn.Identity(), True
+        return super().train(mode)
+
+    def forward(self, x): return self.linear(self.norm(x))
+
+
+@pytest.mark.parametrize('head', [Merged, Fused])
+def test_eval_that_changes_weights(head):
+    "Measured is what eval() makes of them; afterwards they are what they were, flags included"
+    model = nn.Sequential(*tiny()[:3], head())
+    data, twin = images_for(tiny()), copy.deepcopy(model)
+    twin.eval()
+    with torch.no_grad(): right = twin(to_float(data.images)).argmax(1)
+    data = ImageData(data.images, right, data.classes, data.name)
+    model.train()
+    before, modules = weights_sha256(model), list(model.modules())
+    flags = [{k: v for k, v in vars(m).items() if isinstance(v, bool)} for m in modules]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', EvaluationWarning)
+        found = evaluate(model, data, ('pgd-5',), **EPS)
+    assert found.record['results'][0]['accuracy'] == 100
+    assert numbers(found.record) == numbers(evaluate(twin, data, ('pgd-5',), **EPS).record)
+    assert weights_sha256(model) == before and all(
+        a is b for a, b in zip(modules, model.modules(), strict=True))
+    assert flags == [{k: v for k, v in vars(m).items() if isinstance(v, bool)} for m in modules]
+
+
+class FirstBatch(nn.Module):
+    "Set by the first batch that it sees, with a flag that no state dict holds"
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale, self.ready = tiny(), nn.Parameter(torch.zeros(1)), False
+
+    def forward(self, x):
+        if not self.ready:
+            with torch.no_grad(): self.scale.copy_(1/x.std())
+            self.ready = True
+        return self.net(self.scale*x)
+
+
+def test_what_the_first_batch_sets_is_unset():
+    model = FirstBatch()
+    with pytest.warns(EvaluationWarning, match='the model moved .*scale'):
+        evaluate(model, images_for(tiny()), ('pgd-5',), **EPS)
+    assert not model.ready and model.scale.item() == 0
+    with torch.no_grad(): assert model(torch.rand(4, 1, 8, 8)).std() > 0
+
+
+@pytest.mark.parametrize('mode', [
+    torch.inference_mode, torch.no_grad, lambda: torch.autocast('cpu', torch.bfloat16)])
+def test_inside_a_callers_block(mode):
+    model, attacks = tiny(), ('pgd-5', 'cw')
+    data = images_for(model)
+    usual = evaluate(model, data, attacks, **EPS)
+    with mode(): found = evaluate(model, data, attacks, **EPS)
+    assert numbers(found.record) == numbers(usual.record)
+
+
+@pytest.mark.parametrize('how, kind', [('noise', CALLS), ("the batch's mean", MATES), ('-', None)])
+def test_a_masked_class_hides_nothing(how, kind):
+    "Its -1e9 is no measure of the others' rounding"
+    class Mask(Broken):
+        def forward(self, x): return super().forward(x).index_fill(1, torch.tensor([3]), -1e9)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        evaluate(Mask(how), images_for(tiny()), ('clean',), **EPS)
+    assert [str(w.message).split(':')[0] for w in seen] == ([kind] if kind else [])
+
+
+def test_a_graph_for_a_few_images_is_asked_for_no_more(most=6):
+    class Few(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = tiny()
+
+        def forward(self, x):
+            if len(x) > most: raise RuntimeError('made for up to 6 images')
+            return self.net(x)
+    data = images_for(tiny())
+    found = evaluate(Few(), data, ('pgd-5',), batch_size=most, **EPS)
+    assert numbers(found.record) == numbers(
+        evaluate(tiny(), data, ('pgd-5',), batch_size=most, **EPS).record)
+
+
+@pytest.mark.parametrize('layer, says', [(nn.Softmax(1), 'those of a softmax'),
+                                         (nn.LogSoftmax(1), 'those of a log-softmax')])
+def test_scores_that_are_no_logits_are_reported(layer, says):
+    model = tiny()
+    with pytest.warns(EvaluationWarning, match=f'no logits: .*{says}'):
+        record = evaluate(nn.Sequential(model, layer), images_for(model), ('clean',), **EPS).record
+    assert [t.split(':')[0] for t in record['warnings']] == ['no logits']
+
+
+@pytest.mark.parametrize('kind', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('layer', [nn.Softmax(1), nn.LogSoftmax(1)])
+def test_half_precision_scores_that_were_widened(kind, layer):
+    "Their sums are off by its rounding"
+    def scores(z): return layer(z.to(kind)).float()
+    with pytest.warns(EvaluationWarning, match='no logits'):
+        evaluate(Returns(scores), images_for(tiny()), ('clean',), **EPS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', 'no logits')
+        evaluate(Returns(lambda z: z.to(kind).float()), images_for(tiny()), ('clean',), **EPS)
+
+
+def test_exported_graphs():
+    model = tiny()
+    data, batches = images_for(model), ({0: torch.export.Dim.AUTO},)
+    graph = torch.export.export(model, (torch.rand(2, 1, 8, 8),), dynamic_shapes=batches)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', EvaluationWarning)
+        found = evaluate(graph.module(), data, ('pgd-5', 'cw'), **EPS)
+    assert numbers(found.record) == numbers(evaluate(model, data, ('pgd-5', 'cw'), **EPS).record)
+    graph = torch.export.export(model, (torch.rand(8, 1, 8, 8),))
+    with pytest.raises(ValueError, match='fails at one image of toy.*AssertionError'):
+        evaluate(graph.module(), data, ('clean',), **EPS)
+
+
+@dataclasses.dataclass
+class Settings:
+    depth: int = 20
+    act: type = nn.ReLU
+    sizes: tuple = (1, 2)
+
+
+class LikeTransformers:
+    def to_dict(self): return dict(id2label={0: 'cat'}, dtype=torch.bfloat16, path=Path('a')/'b')
+
+
+class Raises(nn.Sequential):
+    @property
+    def config(self): raise RuntimeError('not built yet')
+
+
+def with_config(config):
+    model = tiny()
+    model.config = config
+    return model
+
+
+@pytest.mark.parametrize('model, written', [
+    (with_config(Settings()), dict(depth=20, act='ReLU', sizes=[1, 2], arch='Sequential')),
+    (with_config(argparse.Namespace(lr=np.float32(.5))), dict(lr=.5, arch='Sequential')),
+    (with_config(LikeTransformers()), dict(id2label={'0': 'cat'}, dtype='torch.bfloat16',
+                                           path='a/b', arch='Sequential')),
+    (with_config(len), None), (with_config('resnet18'), None), (with_config(Settings), None),
+    (Raises(*tiny()), None), (with_config({}), None),
+    (with_config({'arch': ('a', 3), 'n': np.int64(3), 't': torch.tensor(2), 'k': {1: None}}),
+     dict(arch='Sequential', n=3, t=2, k={'1': None}))])
+def test_a_config_of_any_kind(model, written, tmp_path):
+    "Also when the evaluation is resumed"
+    data = images_for(model)
+    for attacks in (('clean',), ('clean', 'pgd-5')):
+        record = evaluate(model, data, attacks, tmp_path/'state.json', **EPS).record
+        assert record['model']['config'] == written
+    json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize('config, about, key', [
+    (dict(n=10**400), None, 'config.n = 10'),
+    (dict(act=len), None, 'config.act = <built-in function len>'),
+    ({1.5: 0}, None, 'config: a key = 1.5'), (dict(lr=math.inf), None, 'config.lr = inf'),
+    (None, dict(training=dict(lr=math.nan)), 'about.training.lr = nan'),
+    (None, dict(note=[1, object()]), r'about.note.1. = <object'),
+    (None, dict(training='sat'), "model.training = 'sat'"),
+    (None, dict(name=''), "model.name = ''"),
+    (None, dict(training=dict(seed='a')), "model.training.seed = 'a'"),
+    (None, dict(file_sha256='abc'), "model.file_sha256 = 'abc'"), (None, 5, 'about = 5')])
+def test_what_cannot_be_written_is_refused_before_any_attack(config, about, key, monkeypatch):
+    monkeypatch.setattr('weat_nb.evaluate.attack_batch', None)
+    model = tiny()
+    if config is not None: model.config = config
+    with pytest.raises(ValueError, match=f'{key}.* is not allowed: it must be '):
+        evaluate(model, images_for(model), ('clean',), about=about, **EPS)
+
+
+def test_the_split_and_other_arguments_are_checked_first(monkeypatch):
+    monkeypatch.setattr('weat_nb.evaluate.attack_batch', None)
+    model = tiny()
+    data = images_for(model)
+    for given, says in ((dict(split=''), 'data.split'), (dict(seed=-1), 'seed = -1'),
+                        (dict(seed=True), 'seed = True'), (dict(eps=8), 'eps = 8'),
+                        (dict(step_size=0), 'step_size = 0'), (dict(batch_size=2.5), 'batch_size')):
+        with pytest.raises(ValueError, match=says):
+            evaluate(model, data, ('pgd-5',), **{**EPS, **given})
+
+
+def test_numbers_of_any_kind(tmp_path):
+    model = tiny()
+    data = images_for(model)
+    usual = evaluate(model, data, ('pgd-5',), num_images=8, seed=3, show=False, eps=8/255,
+                     step_size=2/255, batch_size=4)
+    other = evaluate(model, data, ('pgd-5',), num_images=np.int64(8), seed=torch.tensor(3),
+                     show=False, eps='8/255', step_size=np.float64(2/255), batch_size=np.int32(4))
+    assert numbers(usual.record) == numbers(other.record)
+    json.dumps(other.record, allow_nan=False)
+
+
+def wrapped(kind, model):
+    if kind == 'compile': return torch.compile(model, backend='eager')
+    if kind == 'twice': return nn.DataParallel(torch.compile(model, backend='eager'))
+    if kind == 'average': return torch.optim.swa_utils.AveragedModel(model)
+    return nn.DataParallel(model)
+
+
+@pytest.mark.parametrize('kind', ['compile', 'parallel', 'average', 'twice'])
+def test_wrapped_networks(kind, tmp_path):
+    "They are the network inside: its name, its weights, its numbers, its state"
+    model = tiny()
+    model.config = dict(arch='resnet8')
+    data, outer = images_for(model), wrapped(kind, model)
+    bare = evaluate(model, data, ('pgd-5', 'cw'), tmp_path/'state.json', **EPS)
+    both = evaluate(outer, data, ('pgd-5', 'cw'), tmp_path/'state.json', **EPS)
+    fresh = evaluate(outer, data, ('pgd-5', 'cw'), **EPS)
+    assert bare.record['model'] == both.record['model'] == fresh.record['model']
+    assert numbers(bare.record) == numbers(fresh.record)
+    # a wrapper inside, as in Sequential(normaliser, DataParallel(network))
+    assert (weights_sha256(nn.Sequential(nn.Identity(), wrapped(kind, model)))
+            == weights_sha256(nn.Sequential(nn.Identity(), model)))
+
+
+@pytest.mark.parametrize('freeze', [False, True])
+def test_traced_networks(freeze):
+    model = tiny()
+    data, traced = images_for(model), torch.jit.trace(model, torch.rand(2, 1, 8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', EvaluationWarning)
+        found = evaluate(torch.jit.freeze(traced) if freeze else traced, data, ('pgd-5',), **EPS)
+    assert numbers(found.record) == numbers(evaluate(model, data, ('pgd-5',), **EPS).record)
+
+
+def test_digests_stay_what_they_were():
+    records = results.parent/'records'
+    for name in ('fashion_mini-sat-resnet8', 'cifar10-weat_adv-resnet8'):
+        record = json.loads((records/f'{name}.json').read_text())
+        assert weights_sha256(load_pretrained(name)) == record['model']['weights_sha256']
+
+
+def test_buffers_of_any_kind_have_a_digest():
+    def module(t):
+        m = nn.Module()
+        m.register_buffer('b', t)
+        return m
+    kinds = [torch.tensor(3), torch.tensor(True), torch.tensor([1 + 2j]), torch.zeros(0),
+             torch.tensor([1, 2], dtype=torch.int8), torch.empty(2, device='meta'),
+             torch.quantize_per_tensor(torch.rand(4), .1, 0, torch.qint8),
+             torch.quantize_per_tensor(torch.rand(4), .2, 0, torch.qint8),
+             torch.eye(3).to_sparse(), torch.tensor([1 + 2j]).conj(), torch.ones(2, 3).T,
+             torch.rand(2).to(torch.float8_e4m3fn)]
+    digests = [weights_sha256(module(t)) for t in kinds]
+    assert len(set(digests)) == len(kinds) and {len(d) for d in digests} == {64}
+    model = tiny()
+    model.register_buffer('more', torch.quantize_per_tensor(torch.rand(4), .1, 0, torch.qint8))
+    model.register_buffer('less', torch.empty(2, device='meta'))
+    evaluate(model, images_for(tiny()), ('clean',), **EPS)
+
+
+class Returns(nn.Module):
+    "The network, and something made of its logits"
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = tiny(), change
+
+    def forward(self, x): return self.change(self.net(x))
+
+
+class Attributes(dict):
+    "As in much code of others: what is asked for is looked up, whatever it is"
+    __getattr__ = dict.__getitem__
+
+
+class Before(nn.Module):
+    "The network, and something that is done to its images first"
+    def __init__(self, do):
+        super().__init__()
+        self.net, self.do = tiny(), do
+
+    def forward(self, x):
+        self.do(x)
+        return self.net(x)
+
+
+class Pixels(nn.Module):
+    "Without a parameter"
+    def __init__(self, buffer=False):
+        super().__init__()
+        if buffer: self.register_buffer('scale', torch.tensor(2.))
+
+    def forward(self, x): return x.flatten(1)[:, :10]*getattr(self, 'scale', 3.)
+
+
+@pytest.mark.parametrize('buffer', [False, True])
+def test_a_model_without_parameters(buffer):
+    model = Pixels(buffer)
+    record = evaluate(model, images_for(model), ('pgd-5', 'cw'), **EPS).record
+    assert record['device'] == 'cpu' and record['results'][0]['accuracy'] > 50
+
+
+@pytest.mark.parametrize('model, says', [
+    (Returns(lambda z: dict(logits=z)), r"model\(x\)\['logits'\]"),
+    (Returns(lambda z: (z, z)), r'model\(x\)\[0\]'), (Returns(lambda z: z[:, :1]), 'zeros_like'),
+    (Returns(lambda z: z.argmax(1)), 'floating-point'), (lambda x: x, 'an nn.Module'),
+    (nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), 'weights are all there'),
+    (nn.Sequential(nn.Flatten(), nn.Linear(64, 10, device='meta')), 'weights are all there'),
+    (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).half(), 'model.float'),
+    (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64, track_running_stats=False),
+                   nn.Linear(64, 10)), 'fails at one image of toy.*more than 1 value per channel'),
+    (Returns(lambda z: Attributes(logits=z)), r"model\(x\)\['logits'\]"),
+    (Before(lambda x: torch._assert(len(x) > 3, 'a whole batch')), 'one image.*AssertionError: a '),
+    (Before(lambda x: {}[len(x)]), 'fails at one image of toy.*KeyError: 1'),
+    (Before(lambda x: x.sub_(.5)), 'in place'), (Before(lambda x: x.data.sub_(.5)), 'in place'),
+    (Before(lambda x: x.detach().numpy().fill(0)), 'in place'),
+    (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), 'fails at one image of toy.*3 channels')])
+def test_what_is_no_model_is_refused_before_any_work(model, says, tmp_path):
+    with pytest.raises((ValueError, TypeError), match=says):
+        evaluate(model, images_for(tiny()), ('clean',), tmp_path/'a/state.json', **EPS)
+    assert not list(tmp_path.iterdir())
+
+
+def replaced(record, path, value):
+    "With another value at results/1/accuracy, or none there"
+    record = json.loads(json.dumps(record))
+    *way, last = [int(k) if k.isdigit() else k for k in path.split('/')]
+    place = record
+    for key in way: place = place[key]
+    if value is KeyError: del place[last]
+    else: place[last] = value
+    return record
+
+
+def published(): return json.loads((results.parent/'records/cifar10-weat_adv-resnet8.json')
+                                   .read_text())
+
+
+ACCURACIES = {'results/0/accuracy': 46.2, 'results/1/accuracy': 25.1, 'results/2/accuracy': 27.1,
+              'results/2/accuracy_any_distance': 18.7, 'results/3/accuracy': 21.}
+WRONG = [
+    *((path, v) for path in ACCURACIES
+      for v in (250, -3, math.nan, math.inf, 'high', '50', None, True, [50.], KeyError, 21.01)),
+    *((f'results/{i}/{key}', v) for i in range(4) for key, v in (
+        ('attack', 'fgsm'), ('attack', 'pgd'), ('attack', 'pgd-0'), ('attack', None),
+        ('num_images', 0), ('num_images', 10**400), ('num_images', 10.5), ('num_images', -1),
+        ('num_images', '1000'),
+        ('batch_size', 0), ('seconds', -1), ('seconds', math.nan),
+        ('standard_error', 5.), ('standard_error', KeyError))),
+    *((f'results/{i}/{key}', v) for i in (1, 2, 3) for key, v in (
+        ('eps', 0), ('eps', 8), ('eps', '8/255'), ('eps', KeyError), ('norm', 'l3'))),
+    ('results/0/zero_gradients', 500), ('results/0/zero_gradients', -1),
+    ('results/1/steps', 0), ('results/1/steps', 10), ('results/1/step_size', 0),
+    ('results/1/loss', 'dlr'), ('results/1/start', 'none'),
+    ('results/1/attack', 'clean'), ('results/1/attack', 'cw'),
+    ('results/2/initial_const', 0), ('results/2/median_distance', 2.),
+    ('results/2/accuracy_any_distance', 27.2),
+    ('results/3/parts', {}), ('results/3/parts', {'pgd': 20}), ('results/3/parts/square', 0),
+    ('results/3/after', {'clean': 46.2}), ('results/3/after/apgd-t', 25.2),
+    ('results/3/after/square', 20.9), ('results/3/after/clean', 50.), ('results/3/notes', 'none'),
+    ('results/3/version', 'plus'),
+    ('results', []), ('results', {}), ('results', KeyError), ('results/0', 'clean'),
+    ('format', KeyError), ('format', 'weat_nb evaluation 2'), ('seed', -1), ('seed', 1.5),
+    ('model', None), ('model/name', ''), ('model/arch', 3), ('model/weights_sha256', 'abc'),
+    ('model/file_sha256', 'G'*64), ('model/training', 'sat'), ('model/training/seed', 'one'),
+    ('model/training/lr', math.nan), ('model/config', [1]), ('data/images_sha256', 'e'*63),
+    ('data/split', KeyError), ('warnings', 'none'), ('warnings', [1]), ('versions/torch', 2.1),
+    ('device', None), ('hardware', ''), ('seconds', -1)]
+
+
+def test_a_wrong_record_is_refused_by_file_key_and_value(tmp_path, survived):
+    good, file = published(), tmp_path/'mine.json'
+    file.write_text(json.dumps(good))
+    assert read_records(tmp_path) == [good]
+    for path, value in WRONG:
+        file.write_text(json.dumps(replaced(good, path, value)))
+        with pytest.raises(ValueError) as caught: read_records(tmp_path)
+        text = str(caught.value)
+        assert (text.startswith(f'{file}: ') and ' is not allowed: it must be ' in text), text
+        if (path, value) == ('results/1/attack', 'cw'): continue # its settings are not CW's
+        key = re.sub(r'/(\d)', r'[\1]', path).replace('/', '.')
+        assert text.removeprefix(f'{file}: ').startswith(
+            re.sub(r'(parts|after)\..*', r'\1', key)), (key, text)
+    for text in ('{"model"', '[]', '3', 'null', '', '['*100_000, '{"a": ' + '9'*5000 + '}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match='mine.json.* is (not allowed|damaged)'):
+            read_records(tmp_path)
+    file.write_bytes(b'\xff\xfe{}')
+    with pytest.raises(ValueError, match='mine.json is damaged'): read_records(tmp_path)
+    survived('3 damaged files', 'a key of a record is missing or holds a value that is not allowed',
+             len(WRONG), 'an error that names the file, the key, the value and what is allowed')
+
+
+def test_a_robust_accuracy_above_the_clean_one_is_refused(tmp_path):
+    "On as many images or on fewer"
+    for n, left in ((1000, 463), (500, 463)):
+        record = published()
+        record['results'][1] |= dict(num_images=n, accuracy=100*left/n,
+                                     standard_error=standard_error(100*left/n, n))
+        (tmp_path/'mine.json').write_text(json.dumps(record))
+        with pytest.raises(ValueError, match=r'results.1..accuracy = .*at most that of clean.* 462 '
+                                             'of 1000'): read_records(tmp_path)
+
+
+def test_published_records_are_read():
+    folder = results.parent/'records'
+    assert len(read_records(folder)) == len(list(folder.glob('*.json'))) > 20
+
+
+def test_a_damaged_state_is_refused_by_file_key_and_value(tmp_path, survived):
+    model, file = tiny(), tmp_path/'state.json'
+    data = images_for(model)
+    evaluate(model, data, ('pgd-5', 'cw'), file, batch_size=20, **EPS)
+    good = json.loads(file.read_text())
+    batch = lambda attack, part: f'attacks|{attack}|batches|{part}'
+    cases = [('identity', None), ('attacks', []), ('attacks|clean', 3), ('attacks|clean', {}),
+             ('attacks|fgsm', good['attacks']['clean']), ('attacks|clean|settings', []),
+             ('attacks|clean|settings|num_images', 0), ('attacks|clean|batch_size', 'many'),
+             ('attacks|clean|batch_size', None), ('attacks|clean|batches', [])]
+    for attack, part in (('clean', 'clean/0'), ('pgd-5', 'pgd/0'), ('cw', 'cw/0')):
+        cases += [(batch(attack, part), v) for v in (None, {}, [])]
+        cases += [(f'{batch(attack, part)}|{key}', v) for key, v in (
+            ('broken', None), ('broken', [40]), ('broken', [-1]), ('broken', [1, 1]),
+            ('broken', ['1']), ('broken', [39]), ('seconds', -1), ('seconds', math.nan))]
+        cases += [(batch(attack, 'other/0'), good['attacks'][attack]['batches'][part]),
+                  (batch(attack, part[:-1] + '7'), good['attacks'][attack]['batches'][part])]
+    cases += [(f"{batch('clean', 'clean/0')}|zero_gradients", v) for v in (-1, 'none', KeyError)]
+    cases += [(f"{batch('cw', 'cw/0')}|distances", v) for v in (3, [2.], ['a'], KeyError)]
+    for path, value in cases:
+        state = json.loads(json.dumps(good))
+        *way, last = path.split('|')
+        place = state
+        for key in way: place = place[key]
+        if value is KeyError: del place[last]
+        else: place[last] = value
+        file.write_text(json.dumps(state))
+        before = file.read_bytes()
+        with pytest.raises(ValueError, match='is not allowed: it must be .* is no state of an '
+                                             'evaluation, or damaged: name another') as caught:
+            evaluate(model, data, ('pgd-5', 'cw'), file, batch_size=20, **EPS)
+        assert str(caught.value).startswith(f'{file}') and file.read_bytes() == before, path
+    survived('3 damaged files', 'a key of the state of an evaluation is missing or damaged',
+             len(cases), 'an error that names the file, the key and the value; the file stays as '
+             'it was')

@@ -19,7 +19,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,30 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import __version__
 from .attacks import attack, pgd
-from .checkpoints import file_sha256, load_checkpoint, model_tensors
+from .checkpoints import (file_sha256, find_weights_file, load_checkpoint, model_tensors,
+                                 tensor_bytes)
+from .checks import (as_float32, as_path, check_count, check_name, check_number, check_path,
+                            in_words, refuse, suggest)
 from .data import DATASETS, OWN_DATA, ImageData, dataset_spec, is_own_dataset, to_float
-from .guards import GradientMaskingWarning, check_name, eval_mode, kept_rng
+from .guards import (GradientMaskingWarning, defaults, device_of, eval_mode, kept_rng,
+                            unwrap)
+from .models import create_model
 from .own import own_content
-from .params import suggest
+from .params import split_names
 from .plots import Table
-from .pretrained import PUBLIC_MODELS, load_pretrained, load_weights, pretrained_note
-from .records import record_rows, standard_error, suspicions
-from .runs import Progress, differences, lock_file, write_text
+from .pretrained import (PUBLIC_MODELS, fill_weights, is_web_address, load_pretrained,
+                                pretrained_names, pretrained_note, split_code)
+from .probe import Probe, as_it_was, moved_in_words
+from .records import (RECORD_FORMAT, RESULT_SHAPE, as_json, check_record, check_state,
+                             foreign_config, record_rows, standard_error, suspicions)
+from .runs import Progress, differences, lock_file, read_json, write_text
 from .step import exact_float32
 from .train import from_protocol
+from .weights import ENDINGS
 
 # %% ../nbs/09_evaluate.ipynb #9d2bbe9f
 # version standard: the iterations of each part, in the order in which they run
@@ -54,16 +64,19 @@ def describe_attack(
     step_size:float, # of PGD, in the same unit
 )->dict[str, Any]: # everything that decides what is run
     "What the name of an attack stands for"
+    good, words = RESULT_SHAPE['attack']
+    if not good(name):
+        refuse('attack', name, words, suggest(name, ('clean', 'pgd-20', 'cw', 'autoattack')))
     if name == 'clean': return {}
-    if re.fullmatch(r'pgd-[1-9]\d*', name):
+    eps, step_size = (check_number(k, v, above=0, high=1, hint=', in pixel units: 8/255, not 8')
+                      for k, v in (('eps', eps), ('step_size', step_size)))
+    if name.startswith('pgd-'):
         return dict(norm='linf', eps=eps, loss='ce', start='uniform', steps=int(name[4:]),
                     step_size=step_size)
     if name == 'cw':
         return dict(norm='linf', eps=eps, loss='cw-linf', steps=10, initial_const=1.,
                     largest_const=1.1)
-    if name == 'autoattack': return dict(norm='linf', eps=eps, version='standard', parts=AUTOATTACK)
-    raise ValueError(f'attack {name!r} is not one of clean, pgd-20 (or another number of steps), '
-                     f'cw, autoattack{suggest(name, ("clean", "pgd-20", "cw", "autoattack"))}')
+    return dict(norm='linf', eps=eps, version='standard', parts=AUTOATTACK)
 
 # %% ../nbs/09_evaluate.ipynb #38ffcf60
 def _start_noise(indices:Tensor, shape:Sequence[int], seed:int)->Tensor:
@@ -89,6 +102,7 @@ def _logged(logger:logging.Logger)->Iterator[list[str]]:
         logger.propagate = propagate
 
 # %% ../nbs/09_evaluate.ipynb #4d017fde
+@defaults(torch.float32, 'cpu')
 def attack_batch(
     part:str, # clean, pgd, cw or a name of `AUTOATTACK`
     model:Callable[[Tensor], Tensor], # logits of images, in evaluation mode
@@ -107,7 +121,8 @@ def attack_batch(
             if not logits.isfinite().all():
                 raise FloatingPointError("the model's logits at the natural images are NaN or "
                                          'infinite: there is nothing to evaluate')
-            gradient = (torch.autograd.grad(F.cross_entropy(logits, y, reduction='sum'), z)[0]
+            gradient = (torch.autograd.grad(F.cross_entropy(logits, y, reduction='sum'), z,
+                                            materialize_grads=True)[0]
                         if logits.requires_grad else torch.zeros_like(z))
         broken = logits.argmax(1) != y
         return dict(broken=broken,
@@ -135,40 +150,70 @@ def attack_batch(
 def _wrong(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor)->Tensor:
     return model(x).argmax(1) != y
 
+# %% ../nbs/09_evaluate.ipynb #f786f6a9
+def _leaves(name:str, value:Any)->Iterator[tuple[str, Any]]:
+    "What a state dict holds under a name: a tensor, or, of quantised layers, tensors and more"
+    if isinstance(value, (tuple, list)): value = dict(enumerate(value))
+    if not isinstance(value, Mapping): yield name, value
+    else:
+        for key, v in value.items(): yield from _leaves(f'{name}.{key}', v)
+
+def _unwrapped_tensors(model:nn.Module)->dict[str, Any]:
+    "`model_tensors` under the names that they have without wrappers, at whatever depth these are"
+    named:dict[str, Any] = model_tensors(model)
+    for path, m in reversed([*model.named_modules(remove_duplicate=False)]):
+        if unwrap(m) is m: continue
+        outer = f'{path}.' if path else ''
+        inner = outer + ('_orig_mod.' if hasattr(m, '_orig_mod') else 'module.')
+        named = {outer + name.removeprefix(inner) if name.startswith(inner) else name: t
+                 for name, t in named.items() if name != f'{outer}n_averaged'}
+    return named
+
 # %% ../nbs/09_evaluate.ipynb #aa69d5e1
 def weights_sha256(
     model:nn.Module, # any module
 )->str: # 64 hexadecimal digits
     """SHA-256 of the weights and buffers as they are computed with, in the order of names;
-    those that no checkpoint holds, such as the mean of the pixels, included"""
+    those that no checkpoint holds, such as the mean of the pixels, included; of a wrapped network
+    that of the network inside"""
     sha = hashlib.sha256()
-    for name, t in sorted(model_tensors(model).items()):
-        sha.update(f'{name} {t.dtype} {tuple(t.shape)}\n'.encode())
-        sha.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for name, value in sorted(_unwrapped_tensors(model).items(), key=lambda item: item[0]):
+        for place, t in _leaves(name, value):
+            if not isinstance(t, Tensor):
+                plain = t is None or isinstance(t, (bool, int, float, str, bytes, torch.dtype))
+                sha.update(f'{place} {t if plain else type(t).__qualname__!r}\n'.encode())
+                continue
+            sha.update(f'{place} {t.dtype} {tuple(t.shape)}\n'.encode())
+            if t.is_quantized: sha.update(f'{t.dequantize().flatten()[:1].tolist()}'.encode())
+            sha.update(tensor_bytes(t).cpu().numpy().data)
     return sha.hexdigest()
 
 # %% ../nbs/09_evaluate.ipynb #1c818402
-_FORMAT = 'weat_nb evaluation 1'
+_DAMAGED = '; the file is no state of an evaluation, or damaged: name another state'
 
-def _open_state(path:str|Path|None, identity:dict[str, Any],
+def _state_sha256(state:Mapping[str, Any])->str:
+    "Of everything in a state but itself"
+    what = {key: value for key, value in state.items() if key != 'sha256'}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+def _open_state(file:Path|None, identity:dict[str, Any],
                 settings:dict[str, dict[str, Any]])->dict[str, Any]:
     "A new state, or the one in the file if it is of the same evaluation"
-    state:dict[str, Any] = dict(format=_FORMAT, identity=identity, attacks={})
-    file = None if path is None else Path(path)
+    state:dict[str, Any] = dict(format=RECORD_FORMAT, identity=identity, attacks={})
     if file is not None and file.exists():
-        try: found = json.loads(file.read_text(encoding='utf-8'))
-        except (UnicodeDecodeError, json.JSONDecodeError) as e:
-            raise ValueError(f'{path} is no state of an evaluation ({e}): '
-                             'name another state') from e
-        if not isinstance(found, dict) or found.get('format') != _FORMAT:
-            raise ValueError(f'{path} is no state of an evaluation ({_FORMAT}): name another state')
+        found = read_json(file, _DAMAGED.removeprefix('; '))
+        check_state(found, f'{file}:', _DAMAGED)
+        # of an earlier version's there is none
+        sha256 = _state_sha256(found)
+        if found.pop('sha256', sha256) != sha256:
+            refuse(f'{file}: sha256', sha256, 'that of the content, as it was written', _DAMAGED)
         if other := differences(found['identity'], identity):
-            raise ValueError(f'{path} is the state of another evaluation ({other}): '
+            raise ValueError(f'{file} is the state of another evaluation ({other}): '
                              'name another state, or give the same model, data and settings')
         for name in settings:
             if name in found['attacks'] and (other := differences(
                     found['attacks'][name]['settings'], settings[name])):
-                raise ValueError(f'{path} holds another evaluation of {name} ({other}): '
+                raise ValueError(f'{file} holds another evaluation of {name} ({other}): '
                                  'name another state, or give the same settings')
         state = found
         for half in file.parent.glob(f'.{file.name}.????????.part'):
@@ -192,11 +237,12 @@ def attack_passes(
     return {'pgd': 2*settings['steps'] + 1}
 
 def _run_attack(entry:dict[str, Any], batch_size:int|None, start:Tensor, attack_images:Callable,
-                parts:Sequence[str], save:Callable, device:str)->dict[str, Tensor]:
+                parts:Sequence[str], save:Callable, device:str, file:Path|None,
+                )->dict[str, Tensor]:
     "Run what is missing of one attack; which images (N,) are left after each of its parts"
-    first = min(batch_size or _BATCH_SIZES[device], max(len(start), 1))
+    first = min(batch_size or _BATCH_SIZES.get(device, 50), max(len(start), 1))
     if batch_size and entry['batch_size'] not in (None, first):
-        raise ValueError(f"the state holds batches of {entry['batch_size']} images, given "
+        raise ValueError(f"the state {file} holds batches of {entry['batch_size']} images, given "
                          f'batch_size = {batch_size}: leave batch_size out, or name another state')
     entry['batch_size'] = entry['batch_size'] or first
     while True:
@@ -214,6 +260,9 @@ def _run_attack(entry:dict[str, Any], batch_size:int|None, start:Tensor, attack_
                             **found, 'broken': indices[found['broken'].cpu()].tolist(),
                             'seconds': round(time.perf_counter() - begun, 3)}
                         save()
+                    elif not set(broken := entry['batches'][key]['broken']) <= {*indices.tolist()}:
+                        refuse(f'{file}: {key}.broken', broken, 'numbers of images that the batch '
+                               'attacks', _DAMAGED)
                     left[entry['batches'][key]['broken']] = False
                 after[part] = left.clone()
             return after
@@ -278,7 +327,8 @@ class Evaluation(Table):
 
 # %% ../nbs/09_evaluate.ipynb #78d0d4f0
 def evaluate(
-    model:nn.Module, # float32; logits (B, K) from images in [0, 1]
+    # float32; logits (B, K) from images in [0, 1]; left as it was, its wrappers taken off
+    model:nn.Module,
     data:ImageData, # the images, in their order
     # see the table above; clean always comes first
     attacks:Sequence[str] = ('clean', 'pgd-20', 'cw', 'autoattack'),
@@ -294,42 +344,50 @@ def evaluate(
     show:bool = True, # draw a progress bar
 )->Evaluation: # a table, with `record` and `correct`
     "Accuracy under each attack, and everything that was run"
-    attacks = ('clean', *(a for a in dict.fromkeys(attacks) if a != 'clean'))
+    attacks = ('clean', *(a for a in split_names(attacks) if a != 'clean'))
     counts = _image_counts(attacks, num_images, len(data))
     eps, step_size = from_protocol(data.name, dict(eps=eps, step_size=step_size)).values()
     settings = {a: dict(num_images=counts[a], **describe_attack(a, eps=eps, step_size=step_size))
                 for a in attacks}
-    _check(model, data, attacks, batch_size)
+    seed = check_count('seed', seed, low=0, high=2**32 - 1)
+    if batch_size is not None: batch_size = check_count('batch_size', batch_size)
+    file = None if state is None else check_path('state', state, 'new file')
+    _check(model, data, attacks)
     if 'autoattack' in attacks: settings['autoattack']['pyautoattack'] = version('pyautoattack')
-    device = next(model.parameters()).device
+    network, device = unwrap(model), device_of(model) # the wrappers only say how it is computed
     identity = dict(weights_sha256=weights_sha256(model), dataset=data.name, split=split,
                     images_sha256=data.sha256(), seed=seed, device=device.type, **_versions())
-    config = getattr(model, 'config', None) or {}
-    arch = own_content('arch', config.get('arch')) or type(model).__name__
+    record = _record(network, about, identity, device)
 
     def work(a:str)->int: return sum(attack_passes(a, settings[a]).values())
     progress = Progress(sum(counts[a]*work(a) for a in attacks), 'evaluation', show=show)
-    # asked once a batch: a GPU is not made to wait in every step
-    finite = torch.ones((), dtype=torch.bool, device=device)
+    callers = torch.get_default_dtype(), torch.get_default_device() # which a model may go by
     def logits(x:Tensor)->Tensor:
         progress.step(by=len(x)*(1 + (torch.is_grad_enabled() and x.requires_grad)))
-        out = model(x)
+        with defaults(*callers): out = as_float32(network(x))
         finite.logical_and_(out.detach().isfinite().all())
         return out
     def save()->None:
-        if state is not None: write_text(state, json.dumps(kept))
+        if file is not None: write_text(file, json.dumps({**kept, 'sha256': _state_sha256(kept)}))
 
     correct:dict[str, Tensor] = {}
     results = []
-    held = nullcontext() if state is None else lock_file(
-        Path(state).with_name(f'.{Path(state).name}.lock'),
-        f'{state} is being written by another evaluation: wait for it, or name another state')
-    with held, _measuring(model):
-        kept = _open_state(state, identity, settings)
+    # eval() may merge or replace weights: inside, they are put back as it has left them
+    with (torch.inference_mode(False), as_it_was(model), _measuring(model, device),
+          as_it_was(model) as put_back, ExitStack() as stack):
+        # asked once a batch: a GPU is not made to wait in every step
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        probe = Probe(network, to_float(data.images[:8]).to(device), data)
+        if file is not None: stack.enter_context(lock_file(
+            file.with_name(f'.{file.name}.lock'),
+            f'{file} is being written by another evaluation: wait for it, or name another state'))
+        kept = _open_state(file, identity, settings)
+        found = [*probe.look(), *moved_in_words(put_back())]
+        for text in found: warnings.warn(text, EvaluationWarning, stacklevel=2)
         for i, name in enumerate(attacks):
             entry, parts = kept['attacks'][name], attack_passes(name, settings[name])
             clean = (correct['clean'][:counts[name]] if correct
-                     else torch.ones(counts[name], dtype=torch.bool))
+                     else torch.ones(counts[name], dtype=torch.bool, device='cpu'))
             def attack_images(part:str, indices:Tensor, left:Tensor)->dict[str, Any]:
                 now, later = list(parts).index(part), attacks[i + 1:]
                 ahead = (parts[part]*int(left[indices[0]:].sum())
@@ -346,22 +404,20 @@ def evaluate(
                         'what they are worth as answers is not known, so no accuracy is given')
                 return found
             after = _run_attack(entry, batch_size, clean, attack_images, list(parts), save,
-                                device.type)
+                                device.type, file)
             correct[name] = list(after.values())[-1]
             results.append(_result(name, entry, after, correct['clean'][:counts[name]]))
+        late = [text for text in (*probe.look_again(), *moved_in_words(put_back()))
+                if text.partition(':')[0] not in {said.partition(':')[0] for said in found}]
     progress.aim(0, 'evaluated')
     progress.close('evaluated: '
                    + ', '.join(f"{r['attack']} {r['accuracy']:.1f} %" for r in results))
-    found = suspicions(results, data.name)
-    for text in found: warnings.warn(text, EvaluationWarning, stacklevel=2)
-    words = {'name': arch, **dict(about or {}), 'arch': arch,
-             'config': {**config, 'arch': arch} if config else None,
-             'weights_sha256': identity['weights_sha256']}
-    return Evaluation(dict(
-        format=_FORMAT, model=words,
-        data={k: identity[k] for k in ('dataset', 'split', 'images_sha256')}, seed=seed,
-        results=results, warnings=found, versions=_versions(), device=device.type,
-        hardware=hardware(device), seconds=round(sum(r['seconds'] for r in results), 1)), correct)
+    late += suspicions(results, data.name)
+    for text in late: warnings.warn(text, EvaluationWarning, stacklevel=2)
+    record.update(results=results, warnings=[*found, *late],
+                  seconds=round(sum(r['seconds'] for r in results), 1))
+    check_record(record)
+    return Evaluation(record, correct)
 
 # %% ../nbs/09_evaluate.ipynb #a9bb20e4
 def _image_counts(attacks:Sequence[str], num_images:int|Mapping[str, int]|None,
@@ -372,29 +428,25 @@ def _image_counts(attacks:Sequence[str], num_images:int|Mapping[str, int]|None,
                          f'{", ".join(attacks)}')
     asked = {a: num_images.get(a) if isinstance(num_images, Mapping) else num_images
              for a in attacks}
-    for a, n in asked.items():
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= there):
-            raise ValueError(f'num_images = {n!r} for {a} is not allowed: '
-                             f'a whole number from 1 to {there}, the images that there are')
-    counts = {a: there if n is None else n for a, n in asked.items()}
+    counts = {a: check_count('num_images', there if n is None else n, high=there,
+                             hint=f', the images that there are, for {a}')
+              for a, n in asked.items()}
     return {**counts, 'clean': max(counts.values())}
 
-@torch.no_grad()
-def _check(model:nn.Module, data:ImageData, attacks:Sequence[str], batch_size:int|None)->None:
+def _check(model:nn.Module, data:ImageData, attacks:Sequence[str])->None:
     "Refuse what would give a wrong number"
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f'batch_size = {batch_size!r} is not allowed: at least 1, '
-                         'or None to have it found')
-    wrong = {p.dtype for p in model.parameters()} - {torch.float32}
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be an nn.Module, given {in_words(model)}: wrap it in one, so '
+                        'that the record can name its weights')
+    absent = [name for name, p in model.named_parameters()
+              if is_lazy(p) or p.is_meta or p.is_inference()]
+    if absent:
+        refuse('model', absent, 'a network whose weights are all there',
+               ': give lazy layers an image, and load the weights outside inference_mode')
+    wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if wrong:
         raise TypeError(f'the model computes in {", ".join(map(str, wrong))}; '
                         'robust accuracies are measured in float32: model.float()')
-    with eval_mode(model):
-        logits = model(to_float(data.images[:1]).to(next(model.parameters()).device))
-    if logits.ndim != 2 or logits.shape[1] != data.num_classes:
-        raise ValueError(f'the model gives {tuple(logits.shape)} logits for one image, '
-                         f'but {data.name} has {data.num_classes} classes: '
-                         'is it a model of that data set?')
     if 'autoattack' in attacks:
         if data.num_classes < 10:
             raise ValueError('AutoAttack (standard) attacks with 9 target classes and needs 10 '
@@ -406,14 +458,14 @@ def _check(model:nn.Module, data:ImageData, attacks:Sequence[str], batch_size:in
                               'or leave autoattack out of the attacks') from e
 
 @contextmanager
-def _measuring(model:nn.Module)->Iterator[None]:
+def _measuring(model:nn.Module, device:torch.device)->Iterator[None]:
     """Evaluation mode, float32 without TF32 or autocast, the same kernels each time,
     and no gradients of weights; all as before afterwards"""
     trained, cudnn = [p for p in model.parameters() if p.requires_grad], torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     with ExitStack() as stack:
         for context in (eval_mode(model), exact_float32(),
-                        torch.autocast(next(model.parameters()).device.type, enabled=False),
+                        torch.autocast(device.type, enabled=False),
                         warnings.catch_warnings()):
             stack.enter_context(context)
         # zero gradients are counted once, over all images
@@ -426,6 +478,24 @@ def _measuring(model:nn.Module)->Iterator[None]:
             for p in trained: p.requires_grad_(True)
             cudnn.deterministic, cudnn.benchmark = before
 
+# %% ../nbs/09_evaluate.ipynb #edd366ff
+def _record(network:nn.Module, about:Mapping[str, Any]|None, identity:Mapping[str, Any],
+            device:torch.device)->dict[str, Any]:
+    "The record before anything is measured: what cannot be written is refused now"
+    config, about = foreign_config(network), as_json({} if about is None else about, 'about')
+    if not isinstance(about, dict): refuse('about', about, 'a dict, of name, training, ...')
+    named = config.get('arch')
+    arch = own_content('arch', named if isinstance(named, str) else None) or type(network).__name__
+    record = dict(
+        format=RECORD_FORMAT, model={
+            'name': arch, **about, 'arch': arch,
+            'config': {**config, 'arch': arch} if config else None,
+            'weights_sha256': identity['weights_sha256']},
+        data={k: identity[k] for k in ('dataset', 'split', 'images_sha256')},
+        seed=identity['seed'], results=[], warnings=[], versions=_versions(), device=device.type,
+        hardware=hardware(device), seconds=0.)
+    check_record(record, results=False)
+    return record
 
 # %% ../nbs/09_evaluate.ipynb #97ef8464
 def _is_checkpoint(path:Path)->bool:
@@ -433,13 +503,15 @@ def _is_checkpoint(path:Path)->bool:
     if not path.is_file(): return False
     try:
         with safe_open(path, 'pt') as file: note = (file.metadata() or {}).get('weat_nb', '{}')
-    except SafetensorError: return False
-    return 'config' in json.loads(note).get('metadata', {})
+        note = json.loads(note)
+    except (SafetensorError, ValueError, RecursionError): return False
+    stored = note.get('metadata') if isinstance(note, dict) else None
+    return isinstance(stored, dict) and 'config' in stored
 
 # %% ../nbs/09_evaluate.ipynb #8074e539
 def load_model(
     # a name for load_pretrained, or the path of a checkpoint;
-    # with arch, of a state dict (.pth, .pt, .safetensors)
+    # with arch, of anybody's weights (.pth, .pt, .ckpt, .safetensors, ...)
     checkpoint:str|os.PathLike,
     *,
     # as in `create_model`, for bare weights, and for a checkpoint of a network of one's own
@@ -447,30 +519,38 @@ def load_model(
     dataset:str|None = None, # whose classes and images they are for; None: what the model says
     mean:Sequence[float]|None = None, # by channel, of the pixels that bare weights were trained on
     std:Sequence[float]|None = None, # likewise
+    # address of the set of weights in the file, where several fit: 'ema', 'state_dict', ...
+    key:str|None = None,
     root:str|os.PathLike|None = None, # folder of data and networks
     device:str|torch.device = 'cpu', # where the model goes
 )->tuple[nn.Module, dict[str, Any], str]: # model in eval mode; what is known of it; its data set
     "A model, and what a record should say about it"
-    path, name = Path(checkpoint).expanduser(), str(checkpoint)
+    if arch is None: checkpoint, arch = split_code(os.fspath(checkpoint))
+    path, name = as_path(checkpoint), str(checkpoint)
     about:dict[str, Any] = dict(name=name)
     if path.is_file(): # the folder's name, not where it lies
         about = dict(name='/'.join(path.parts[-2:]), file_sha256=file_sha256(path))
-    if arch is not None and not _is_checkpoint(path):
+    by_name = not path.is_file() and (name in pretrained_names(root) or is_web_address(root))
+    if arch is not None and not by_name and not _is_checkpoint(path):
+        find_weights_file(path, ENDINGS)
         if dataset is None:
             raise ValueError(f'arch = {arch!r} says that {name} holds bare weights: '
                              'name the dataset that they are for, too')
         if not is_own_dataset(dataset): check_name('dataset', dataset, DATASETS)
-        spec, normal = dataset_spec(dataset), dict(mean=mean, std=std) if mean or std else {}
-        model = load_weights(path, arch, spec.num_classes, spec.in_channels, spec.image_size,
-                             **normal)
-    elif mean or std:
-        raise ValueError('mean and std belong to bare weights: ' + (
-            'give arch, too' if arch is None else f'{name} is a checkpoint; leave them out'))
+        spec = dataset_spec(dataset)
+        model:nn.Module = create_model(arch, spec.num_classes, spec.in_channels, spec.image_size,
+                                       mean=mean or None, std=std or None, seed=0)
+        about['taken'] = fill_weights(model, path, key)
+    elif mean or std or key:
+        given = 'key belongs' if key else 'mean and std belong'
+        raise ValueError(f'{given} to bare weights: ' + (
+            'give arch, too' if arch is None else f'{name} is a checkpoint; leave it out' if key
+            else f'{name} is a checkpoint; leave them out'))
     elif path.is_file():
         model, metadata = load_checkpoint(path, arch=arch)
         about.update(epoch=metadata.get('epoch'), training=metadata.get('config'))
     else:
-        model = load_pretrained(checkpoint, root=root)
+        model = load_pretrained(checkpoint, root=root, arch=arch)
         if name in PUBLIC_MODELS:
             about.update(source=PUBLIC_MODELS[name].source, file_sha256=PUBLIC_MODELS[name].sha256)
         elif not name.startswith('robustbench:'):
