@@ -89,8 +89,14 @@ def nowhere(tmp_path, monkeypatch):
 
 NAN, INF = float('nan'), float('inf')
 WRONG_TYPES = {
-    int: ('abc', 1.5, True, [1], NAN, '1'), float: ('abc', True, [1], '1/0', NAN, INF, ''),
-    str: (3, True, ['sat'], '', '  '), bool: (1, 'yes', 0., 'True')}
+    int: ('abc', 1.5, True, [1], NAN, '1.5'), float: ('abc', True, [1], '1/0', NAN, INF, ''),
+    str: (True, {'sat': 1}, '', '  ', []), bool: (1, 'yes', 0., [True])}
+
+
+def wrong_strings(rule):
+    "A list is a string only where many are taken, a number only where there are no choices"
+    if not rule['many']: yield ['sat']
+    if rule['choices'] or rule['names']: yield 3
 
 
 def out_of_range(rule):
@@ -117,7 +123,8 @@ def refused(values, check):
 
 def test_wrong_types(survived):
     def values(rule):
-        return (*WRONG_TYPES[rule['kind']], *([None] if rule['default'] is not None else []))
+        return (*WRONG_TYPES[rule['kind']], *([None] if rule['default'] is not None else []),
+                *(wrong_strings(rule) if rule['kind'] is str else ()))
     def check(rule, value, text): return 'must be' in text
     survived(PARAMETERS, 'a value of the wrong type', refused(values, check),
              'one error that names the parameter and what it can be; nothing was begun')
@@ -126,7 +133,7 @@ def test_wrong_types(survived):
 def test_out_of_range(survived):
     def values(rule): return out_of_range(rule) if rule['kind'] in (int, float) else ()
     def check(rule, value, text):
-        return all(f'{rule[bound]:g}' in text
+        return all(f'{rule[bound]:.10g}' in text
                    for bound in ('low', 'above', 'high') if rule[bound] is not None)
     survived(PARAMETERS, 'a number out of range, below and above', refused(values, check),
              'one error with the parameter and its range; nothing was begun')
@@ -166,7 +173,7 @@ RUBBISH = { # what is of the right type, and makes no sense
     '04_train_weat': [
         (dict(run_dir='file.txt'), "run_dir = 'file.txt' is not allowed.*a folder"),
         (dict(root='file.txt/below'), "root = 'file.txt/below' is not allowed.*a folder"),
-        (dict(aux_data='not.there'), "aux_data = 'not.there': there is no such file"),
+        (dict(aux_data='not.there'), "aux_data = 'not.there' is not allowed.*a file that is there"),
         (dict(aux_fraction=.5), 'aux_fraction = 0.5 needs aux_data'),
         (dict(objective='sat', beta=6),
          'beta = 6 is not allowed: sat has no.* Leave beta out, or take one of trades'),
@@ -202,14 +209,15 @@ RUBBISH = { # what is of the right type, and makes no sense
         (dict(checkpoint='fashion_mini-weat-resnet8'), "checkpoint = 'fashion_mini-weat-resnet8' "
          "is not allowed.*did you mean 'fashion_mini-"),
         (dict(attacks='clean, pgd-x'),
-         "attacks = 'clean, pgd-x' is not allowed.*'pgd-x' is not one of clean, pgd-20"),
+         "attacks = 'clean, pgd-x' is not allowed: attack = 'pgd-x' is not allowed.*clean, pgd-20"),
         (dict(attacks=','), "attacks = ',' names no attack"),
         (dict(attacks='pgd-0'), "attacks = 'pgd-0' is not allowed"),
-        (dict(mean='.5,x', std='.2'), "mean = '.5,x' is not allowed.*a number for each channel"),
+        (dict(mean='.5,x', std='.2'), "mean = 'x' is not allowed.*a number.*one for each channel"),
         (dict(mean='.5', std='0'), "std = '0' is not allowed.*above 0"),
         (dict(mean='nan', std='1'), "mean = 'nan' is not allowed"),
+        (dict(mean=.5, std=[0]), "std = '0' is not allowed.*above 0"),
         (dict(mean='.5'), 'mean = .* and std = None go together'),
-        (dict(state='.'), "state = '.' is not allowed: it is a folder")],
+        (dict(state='.'), "state = '.' is not allowed: it must be a file, there or not yet")],
     '10_speed': [
         (dict(checkpoint='not.there'), "checkpoint = 'not.there' is not allowed: "
          'there is no such file, and the names at hand are'),

@@ -3,15 +3,19 @@ missing packages."""
 import gzip
 import hashlib
 import io
+import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
 import tarfile
 import threading
 import zipfile
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +23,15 @@ import torch
 from PIL import Image
 
 from weat_nb import fetch
-from weat_nb.data import (ImageData, augment, batches, check_images, load_dataset, load_images,
-                          split_holdout, to_float)
+from weat_nb.checkpoints import CheckpointError, load_checkpoint
+from weat_nb.data import (ImageData, augment, batches, load_dataset, load_images, split_holdout,
+                          to_float)
+from weat_nb.evaluate import evaluate
+from weat_nb.generate import Start, sgld
+from weat_nb.models import create_model
+from weat_nb.pictures import image_grid, write_samples
+from weat_nb.pretrained import PUBLIC_MODELS, load_pretrained
+from weat_nb.train import TrainConfig, fit, training_cost
 
 
 @pytest.fixture(autouse=True)
@@ -124,29 +135,27 @@ def py2_pickle(obj): # what the published files are: NumPy's old module path
 @pytest.fixture
 def small_cifar(server, monkeypatch):
     "CIFAR-10 and CIFAR-100 with three images a batch, served from this machine"
-    from torchvision.datasets import CIFAR10, CIFAR100
     rng = np.random.default_rng(0)
-    for source, k, names, key in (
-            (CIFAR10, 10, ['data_batch_1', 'data_batch_2', 'test_batch'], 'labels'),
-            (CIFAR100, 100, ['train', 'test'], 'fine_labels')):
-        content = {}
+    monkeypatch.setattr(fetch, 'CIFAR_URL', server.url)
+    for k, names in ((10, ['data_batch_1', 'data_batch_2', 'test_batch']),
+                     (100, ['train', 'test'])):
+        source, content = fetch.CIFAR[k], {}
         for i, name in enumerate(names):
             images = rng.integers(256, size=(3, 3072), dtype=np.uint8)
             content[name] = py2_pickle(
-                {'data': images, key: [i, k - 1, 0], 'coarse_labels': [1, 1, 1]})
-        meta = source.meta['filename']
-        content[meta] = py2_pickle({source.meta['key']: [f'class {i}' for i in range(k)]})
-        with tarfile.open(server.folder/source.filename, 'w:gz') as tar:
+                {'data': images, source.labels: [i, k - 1, 0], 'coarse_labels': [1, 1, 1]})
+        meta = source.meta[0]
+        content[meta] = py2_pickle({source.classes: [f'class {i}' for i in range(k)]})
+        with tarfile.open(server.folder/source.archive, 'w:gz') as tar:
             for name, data in content.items():
-                info = tarfile.TarInfo(f'{source.base_folder}/{name}')
+                info = tarfile.TarInfo(f'{source.folder}/{name}')
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-        sums = [[n, md5(content[n])] for n in names]
-        monkeypatch.setattr(source, 'url', server.url + source.filename)
-        monkeypatch.setattr(source, 'tgz_md5', md5((server.folder/source.filename).read_bytes()))
-        monkeypatch.setattr(source, 'train_list', sums[:-1])
-        monkeypatch.setattr(source, 'test_list', sums[-1:])
-        monkeypatch.setattr(source, 'meta', {**source.meta, 'md5': md5(content[meta])})
+        sums = {n: md5(content[n]) for n in content}
+        monkeypatch.setitem(fetch.CIFAR, k, replace(
+            source, md5=md5((server.folder/source.archive).read_bytes()),
+            train={n: sums[n] for n in names[:-1]}, test={names[-1]: sums[names[-1]]},
+            meta=(meta, sums[meta])))
     return server
 
 
@@ -194,11 +203,111 @@ def test_cifar_existing_files_are_not_replaced(small_cifar, tmp_path):
 
 
 def test_cifar_without_network(monkeypatch, tmp_path):
-    from torchvision.datasets import CIFAR10
-    monkeypatch.setattr(CIFAR10, 'url', dead_url() + CIFAR10.filename)
-    with pytest.raises(ConnectionError, match=r'cifar-10-python\.tar\.gz could not be fetched '
-                                              r'from .*into .*root'):
-        load_dataset('cifar10', 'train', tmp_path/'root')
+    monkeypatch.setattr(fetch, 'CIFAR_URL', dead_url())
+    (tmp_path/'root'/'other').mkdir(parents=True)
+    with pytest.raises(ConnectionError) as error: load_dataset('cifar10', 'train', tmp_path/'root')
+    text, root = str(error.value), tmp_path/'root'
+    assert text.startswith('cifar-10-python.tar.gz could not be fetched from')
+    assert f'put it into {root}, or name its folder by root or WEAT_DATA; it is not in' in text
+    assert text.endswith(f'it is not in {root}, {root/"other"}, {tmp_path}, {tmp_path.parent}')
+
+
+# Where files are looked for
+
+@pytest.fixture
+def offline(monkeypatch):
+    "Whatever is asked for over the network is a mistake"
+    def refuse(request, **options): raise AssertionError(f'{request.full_url} was asked for')
+    monkeypatch.setattr(fetch, 'urlopen', refuse)
+
+
+def beside_each_other(monkeypatch, home):
+    "The test splits of four data sets below a folder, in small"
+    rng = np.random.default_rng(0)
+    row = fetch.CIFAR[10]
+    batch = py2_pickle({'data': rng.integers(256, size=(3, 3072), dtype=np.uint8),
+                        'labels': [3, 8, 8]})
+    meta = py2_pickle({'label_names': list('abcdefghij')})
+    monkeypatch.setitem(fetch.CIFAR, 10, replace(
+        row, test={'test_batch': md5(batch)}, meta=('batches.meta', md5(meta))))
+    content = {'cifar-10-batches-py/test_batch': batch, 'cifar-10-batches-py/batches.meta': meta}
+    for name, array in (('t10k-images-idx3', rng.integers(256, size=(3, 28, 28), dtype=np.uint8)),
+                        ('t10k-labels-idx1', np.array([4, 2, 0], np.uint8))):
+        monkeypatch.setitem(fetch.FASHION_MD5, name, md5(idx(array)))
+        content[f'FashionMNIST/raw/{name}-ubyte.gz'] = gzip.compress(idx(array))
+        content[f'mnist/{name}-ubyte.gz'] = gzip.compress(idx(array[::-1].copy() + 1))
+    tiny = {'wnids.txt': b'n01', 'words.txt': b'n01\tgoldfish',
+            'val/images/val_0.JPEG': jpeg(9, 'L'),
+            'val/val_annotations.txt': b'val_0.JPEG\tn01\t0\t0\t9\t9\n'}
+    content |= {f'tiny-imagenet-200/{name}': data for name, data in tiny.items()}
+    for name, data in content.items():
+        (home/name).parent.mkdir(parents=True, exist_ok=True)
+        (home/name).write_bytes(data)
+
+
+@pytest.mark.parametrize('dataset, folders, labels', [
+    ('cifar10', ['cifar-10-batches-py', 'cifar-10-batches-py/test_batch'], [3, 8, 8]),
+    ('fashion_mnist', ['FashionMNIST', 'FashionMNIST/raw',
+                       'FashionMNIST/raw/t10k-labels-idx1-ubyte.gz'], [4, 2, 0]),
+    ('tiny_imagenet', ['tiny-imagenet-200', 'tiny-imagenet-200/wnids.txt'], [0])])
+def test_roots_too_deep_or_too_shallow(dataset, folders, labels, offline, monkeypatch, tmp_path):
+    home = tmp_path/'some'/'data'
+    beside_each_other(monkeypatch, home)
+    for root in (home, home.parent, home/'mine', *(home/folder for folder in folders)):
+        before = files_below(tmp_path)
+        assert load_dataset(dataset, 'test', root).labels.tolist() == labels, root
+        assert files_below(tmp_path) == before
+
+
+def test_an_archive_near_the_root(small_cifar, offline, tmp_path):
+    for root in ('data/cifar-10-batches-py', 'data/cifar-10-python.tar.gz', '', 'data'):
+        folder = tmp_path/(root or 'none').replace('/', '-')
+        (folder/'data').mkdir(parents=True)
+        shutil.copy(small_cifar.folder/'cifar-10-python.tar.gz', folder/'data')
+        assert load_dataset('cifar10', 'test', folder/root).labels.tolist() == [2, 9, 0]
+        assert (folder/'data/cifar-10-batches-py/test_batch').exists()
+
+
+def test_svhn_and_weights_near_the_root(offline, monkeypatch, tmp_path):
+    scipy_io = pytest.importorskip('scipy.io', reason='SciPy reads SVHN')
+    (tmp_path/'data'/'checkpoints').mkdir(parents=True)
+    file = tmp_path/'data'/'test_32x32.mat'
+    scipy_io.savemat(file, {'X': np.zeros((32, 32, 3, 4), np.uint8), 'y': np.array([[10]]*4)})
+    monkeypatch.setitem(fetch.SVHN_MD5, file.name, md5(file.read_bytes()))
+    for root in (file, tmp_path, tmp_path/'data'/'svhn', tmp_path/'data'):
+        assert load_dataset('svhn', 'test', root).labels.tolist() == [0]*4
+    row = PUBLIC_MODELS['cifar10-standard-resnet20']
+    file = tmp_path/'data'/'checkpoints'/row.file
+    file.write_bytes(b'other weights')
+    for root in (file, file.parent, file.parent.parent, tmp_path):
+        with pytest.raises(CheckpointError, match=f'{file} is not the file'):
+            load_pretrained('cifar10-standard-resnet20', root=root)
+
+
+def test_without_torchvision(offline, monkeypatch, tmp_path):
+    "Files on disk are read where torchvision does not import"
+    for name in ('torchvision', 'torchvision.datasets'):
+        monkeypatch.setitem(sys.modules, name, None)
+    beside_each_other(monkeypatch, tmp_path)
+    assert load_dataset('cifar10', 'test', tmp_path).labels.tolist() == [3, 8, 8]
+    assert load_dataset('fashion_mnist', 'test', tmp_path).labels.tolist() == [4, 2, 0]
+
+
+def test_what_is_published_is_what_torchvision_says():
+    datasets = pytest.importorskip('torchvision.datasets')
+    for k, source in ((10, datasets.CIFAR10), (100, datasets.CIFAR100)):
+        row, meta = fetch.CIFAR[k], source.meta
+        assert fetch.CIFAR_URL + row.archive == source.url
+        assert [row.folder, row.archive, row.md5, row.classes, *row.meta] == [
+            source.base_folder, source.filename, source.tgz_md5, meta['key'], meta['filename'],
+            meta['md5']]
+        assert [row.train, row.test] == [dict(source.train_list), dict(source.test_list)]
+    assert [fetch.FASHION_URL] == datasets.FashionMNIST.mirrors
+    assert dict(datasets.FashionMNIST.resources) == {
+        f'{name}-ubyte.gz': digest for name, digest in fetch.FASHION_PACKED_MD5.items()}
+    for split in ('train', 'test'):
+        url, name, digest = datasets.SVHN.split_list[split]
+        assert (url, digest) == (fetch.SVHN_URL + name, fetch.SVHN_MD5[name])
 
 
 def test_cifar10_as_published():
@@ -245,15 +354,14 @@ def test_fashion_mnist_places(place, monkeypatch, tmp_path):
 
 
 def test_fashion_mnist_download(server, monkeypatch, tmp_path):
-    from torchvision.datasets import FashionMNIST
     parts = {'t10k-images-idx3': np.zeros((2, 28, 28), np.uint8),
              't10k-labels-idx1': np.array([4, 2], np.uint8)}
     for name, array in parts.items():
         (server.folder/f'{name}-ubyte.gz').write_bytes(gzip.compress(idx(array)))
         monkeypatch.setitem(fetch.FASHION_MD5, name, md5(idx(array)))
-    monkeypatch.setattr(FashionMNIST, 'mirrors', [server.url])
-    monkeypatch.setattr(FashionMNIST, 'resources',
-                        [(p.name, md5(p.read_bytes())) for p in server.folder.iterdir()])
+        monkeypatch.setitem(fetch.FASHION_PACKED_MD5, name,
+                            md5((server.folder/f'{name}-ubyte.gz').read_bytes()))
+    monkeypatch.setattr(fetch, 'FASHION_URL', server.url)
     assert load_dataset('fashion_mnist', 'test', tmp_path/'root').labels.tolist() == [4, 2]
     assert files_below(tmp_path/'root'/'FashionMNIST'/'raw') == [
         f'{name}-ubyte.gz' for name in parts]
@@ -261,12 +369,11 @@ def test_fashion_mnist_download(server, monkeypatch, tmp_path):
 
 def test_svhn(monkeypatch, tmp_path):
     scipy_io = pytest.importorskip('scipy.io', reason='SciPy reads SVHN')
-    from torchvision.datasets import SVHN
     images = np.random.default_rng(0).integers(256, size=(32, 32, 3, 4), dtype=np.uint8)
     scipy_io.savemat(tmp_path/'test_32x32.mat',
                      {'X': images, 'y': np.array([[10], [1], [9], [10]], np.uint8)})
-    url, name, _ = SVHN.split_list['test']
-    monkeypatch.setitem(SVHN.split_list, 'test', [url, name, md5((tmp_path/name).read_bytes())])
+    name = 'test_32x32.mat'
+    monkeypatch.setitem(fetch.SVHN_MD5, name, md5((tmp_path/name).read_bytes()))
     data = load_dataset('svhn', 'test', tmp_path)
     assert data.labels.tolist() == [0, 1, 9, 0]
     assert np.array_equal(data.images[2, 1].numpy(), images[:, :, 1, 2])
@@ -325,13 +432,13 @@ def test_tiny_imagenet_folder_and_zip(small_tiny, tmp_path, monkeypatch):
 def test_tiny_imagenet_damaged(small_tiny, tmp_path):
     path = small_tiny/'val'/'images'/'val_1.JPEG'
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match=r'val_1\.JPEG is missing or damaged'):
+    with pytest.raises(ValueError, match=r'val_1\.JPEG cannot be read as an image'):
         load_dataset('tiny_imagenet', 'test', tmp_path)
     path.write_bytes(jpeg(90, 'L', size=32))
-    with pytest.raises(ValueError, match=r'val_1\.JPEG has shape \(32, 32, 3\)'):
+    with pytest.raises(ValueError, match=r'val_1\.JPEG .*32×32 pixels, not 64×64'):
         load_dataset('tiny_imagenet', 'test', tmp_path)
     path.unlink()
-    with pytest.raises(ValueError, match=r'val_1\.JPEG is missing or damaged'):
+    with pytest.raises(ValueError, match=r'val_1\.JPEG is missing'):
         load_dataset('tiny_imagenet', 'test', tmp_path)
 
 
@@ -467,30 +574,6 @@ def test_split_holdout_rounds_by_largest_remainder():
     assert split_holdout(data, 3, seed=0)[1].labels.tolist() == [0, 0, 1]
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_check_images_of_every_type(dtype):
-    x = torch.rand(2, 3, 4, 4).to(dtype)
-    check_images(x, 3)
-    check_images(x[:0], 3)
-    check_images(x.requires_grad_(), 3)
-    for value in (torch.nan, torch.inf, -torch.inf):
-        bad = x.detach().clone()
-        bad[1, 2, 3, 3] = value
-        with pytest.raises(ValueError, match='given 1 values that are NaN or infinite'):
-            check_images(bad)
-    for value in (1.01, -.01):
-        bad = x.detach().clone()
-        bad[0, 0, 0, 0] = value
-        with pytest.raises(ValueError, match=r'must lie in \[0, 1\], given values from'):
-            check_images(bad)
-
-
-@pytest.mark.parametrize('x', [None, np.zeros((1, 3, 4, 4)), torch.zeros(3, 4, 4),
-                               torch.zeros(1, 3, 4, 4).long()])
-def test_check_images_refuses_other_things(x):
-    with pytest.raises(ValueError, match='must be a float tensor'): check_images(x)
-
-
 def test_to_float_is_exact():
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert (torch.equal((to_float(x)*255).round().to(torch.uint8), x)
@@ -513,7 +596,126 @@ def test_load_images_refuses(tmp_path):
                                  (image, label[:3]), (image, label*1.), (image[:0], label[:0])):
         np.savez(path, image=bad_image, label=bad_label)
         with pytest.raises(ValueError, match='must be'): load_images(path)
+    np.savez(path, image=image/255, label=label)
+    with pytest.raises(ValueError, match=r'pixels in \[0, 1\] are \(255\*x\).round'):
+        load_images(path)
+    np.savez(path, image=image, label=np.eye(4)[label])
+    with pytest.raises(ValueError, match=r'y.argmax\(1\) for one-hot'): load_images(path)
     np.savez(path, image=image, label=label)
-    with pytest.raises(ValueError, match='labels go from 0 to 3, but 2 classes'):
+    with pytest.raises(ValueError, match='2 classes, 0 to 1, given 0 to 3'):
         load_images(path, classes=('a', 'b'))
     assert load_images(path).images.is_contiguous()
+
+
+@pytest.mark.parametrize('n', [2, 4])
+def test_a_file_of_few_images_is_split(n, tmp_path):
+    np.savez(tmp_path/'few.npz', image=np.zeros((n, 8, 8), np.uint8), label=np.arange(n)%2)
+    assert [len(load_dataset(tmp_path/'few.npz', split)) for split in ('train', 'test')] == [
+        n - 1, 1]
+
+
+def test_pixels_are_those_stored(tmp_path):
+    "No orientation is applied, no transparency, and of an animation the first frame counts"
+    turned, rng = Image.Exif(), np.random.default_rng(0)
+    turned[0x112] = 6
+    def noise(*shape): return Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+    for ending, image, how in (
+            ('jpg', noise(8, 16, 3), dict(exif=turned)), ('png', noise(8, 16, 4), {}),
+            ('gif', noise(8, 16), dict(save_all=True, append_images=[noise(8, 16)]))):
+        for kind in 'ab':
+            (folder := tmp_path/ending/kind).mkdir(parents=True)
+            for i in range(5): image.save(folder/f'{i}.{ending}', **how)
+        data = load_dataset(tmp_path/ending, 'test')
+        with Image.open(folder/f'0.{ending}') as stored: pixels = np.array(stored.convert('RGBA'))
+        assert data.images.shape == (2, 3, 8, 16)
+        assert np.array_equal(data.images[0].permute(1, 2, 0), pixels[..., :3])
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='file systems that know no other names')
+def test_names_that_are_not_utf8(tmp_path):
+    "A digest of the content there is, but no record could be read again: said before any work"
+    image, label = np.zeros((10, 8, 8), np.uint8), np.arange(10)%2
+    for kind in (b'a', b'r\xe9'):
+        folder = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b'set', kind)))
+        folder.mkdir(parents=True)
+        for i in range(5): Image.new('L', (8, 8)).save(folder/f'{i}.png')
+    assert len(load_dataset(tmp_path/'set', 'train')) == 8
+    path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b'r\xe9.npz')))
+    np.savez(path, image=image, label=label)
+    model, ball = create_model('resnet8', 2, 1, 8), dict(eps=.1, step_size=.1, show=False)
+    for data, about in ((load_dataset(path, 'test'), {}),
+                        (load_dataset(tmp_path/'set', 'test'), dict(name=path.name))):
+        with pytest.raises(ValueError, match='is not allowed: it must be .* a text in Unicode'):
+            evaluate(model, data, 'clean', tmp_path/'state.json', about=about, **ball)
+    assert not (tmp_path/'state.json').exists()
+
+
+# Rectangles
+
+def rectangles(n=60, seed=0):
+    "Grey images of 12×20 pixels, a class brighter than the other"
+    label = np.arange(n)%2
+    noise = np.random.default_rng(seed).integers(0, 60, size=(n, 12, 20, 1))
+    return (noise + 150*label[:, None, None, None]).astype(np.uint8), label
+
+
+def test_rectangles_from_file_to_evaluation(tmp_path, monkeypatch, one_thread):
+    monkeypatch.chdir(tmp_path)
+    image, label = rectangles()
+    np.savez('wide.npz', image=image, label=label)
+    config = TrainConfig(dataset='wide.npz', arch='resnet8', epochs=1, eps='8/255',
+                         step_size='4/255', attack_steps=1, batch_size=8, lr=.05,
+                         weight_decay=5e-4, num_val=8, device='cpu')
+    assert (config.spec.image_size, config.spec.pad) == ((12, 20), 1)
+    assert training_cost(config)['flop'] > 0
+    model = fit(config, 'run').model
+    loaded, _ = load_checkpoint('run/best.safetensors')
+    assert loaded.config == model.config and model.config['image_size'] == [12, 20]
+    load_checkpoint('run/best.safetensors', model)
+    with pytest.raises(CheckpointError, match=r'12×20 pixels; the model given is .* 12 pixels'):
+        load_checkpoint('run/best.safetensors', create_model('resnet8', 2, 1, 12))
+    test = load_dataset('wide.npz', 'test')
+    record = evaluate(loaded, test, attacks='pgd-2', eps='8/255', step_size='4/255',
+                      show=False).record
+    assert [r['attack'] for r in record['results']] == ['clean', 'pgd-2']
+    assert record['model']['config']['image_size'] == [12, 20]
+    start = Start('pca', load_dataset('wide.npz', 'train'))
+    y = torch.tensor([0, 1])
+    found = sgld(loaded, start(y, torch.Generator().manual_seed(0)), y, steps=1, step_size=.1,
+                 friction=.5).images
+    assert found.shape == (2, 1, 12, 20) and image_grid(found, 2).shape == (14, 43, 3)
+    with np.load(write_samples(found, y, 'samples')/'samples.npz') as samples:
+        assert samples['arr_0'].shape == (2, 12, 20, 3)
+
+
+def test_rectangles_in_folders_and_networks(tmp_path):
+    for k, name in enumerate(('cats', 'dogs')):
+        (tmp_path/'wide'/name).mkdir(parents=True)
+        for i, image in enumerate(rectangles()[0][k::2][:10]):
+            Image.fromarray(image[..., 0]).save(tmp_path/'wide'/name/f'{i}.png')
+    train = load_dataset(tmp_path/'wide', 'train')
+    assert train.images.shape == (16, 1, 12, 20) and train.image_size == (12, 20)
+    assert torch.equal(train.images[0, 0], torch.from_numpy(rectangles()[0][0, ..., 0]))
+    turned = replace(train, images=train.images.reshape(16, 1, 20, 12))
+    assert turned.sha256() != train.sha256()
+    assert train[:2].image_size == (12, 20)
+    (tmp_path/'net.py').write_text("""from torch import nn
+def make(num_classes, in_channels, image_size):
+    height, width = image_size
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels*height*width, num_classes))""")
+    for size in ((12, 20), [12, 20], torch.Size([12, 20])):
+        model = create_model(f'{tmp_path}/net.py:make', 2, 1, size)
+        assert model.config['image_size'] == [12, 20]
+    assert create_model(**model.config).config == model.config
+    assert create_model('resnet8', 2, 1, (12, 12)).config['image_size'] == 12
+    for size in ((12, 20, 3), (7, 20), 'x', (12.5, 20)):
+        with pytest.raises(ValueError, match=r'image_size = .*at least 8, or \(H, W\)'):
+            create_model('resnet8', 2, 1, size)
+
+
+@pytest.mark.slow
+def test_timm_takes_rectangles():
+    pytest.importorskip('timm')
+    for name, size in (('timm:resnet10t', (24, 32)), ('timm:vit_tiny_patch16_224', (16, 40))):
+        model = create_model(name, 3, 3, size, seed=0).eval()
+        assert model(torch.rand(1, 3, *size)).shape == (1, 3)

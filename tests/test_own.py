@@ -388,7 +388,7 @@ def test_images_of_ones_own_have_no_protocol(here):
                   'and num_val .*in pixel units')
     with pytest.raises(ValueError, match=f"'images.npz' has no protocol: give {everything}"):
         TrainConfig(dataset='images.npz')
-    with pytest.raises(ValueError, match='num_train = 25 is not allowed: there are 20'):
+    with pytest.raises(ValueError, match='num_train = 25 is not allowed.* at most 20'):
         fit(given(dataset='images.npz', num_train=25), 'run')
     assert not (here/'run').exists()
 
@@ -495,7 +495,6 @@ def float_labels(f): save(f, image=noise(), label=np.arange(30)/2)
 def one_hot(f): save(f, image=noise(), label=np.eye(2)[np.arange(30)%2].astype(int))
 def fewer_labels(f): save(f, image=noise(), label=np.arange(29)%2)
 def four_channels(f): save(f, image=noise(shape=(8, 8, 4)), label=np.arange(30)%2)
-def oblong_array(f): save(f, image=noise(shape=(8, 9)), label=np.arange(30)%2)
 def small_array(f): save(f, image=noise(shape=(4, 4)), label=np.arange(30)%2)
 def one_label(f): save(f, image=noise(), label=np.zeros(30, int))
 def negative(f): save(f, image=noise(), label=np.arange(30) - 1)
@@ -510,7 +509,7 @@ def no_zip(f): f.with_suffix('.npz').write_bytes(b'no zip')
 
 @pytest.mark.parametrize('make, message', [
     (mixed, 'cats/3.png has 9×9 pixels: .*of one size, as the first, 8×8'),
-    (oblong, 'cats/3.png has 9×8 pixels: all images must be square'),
+    (oblong, 'cats/3.png has 8×9 pixels: all images must be of one size, as the first, 8×8'),
     (cut_short, 'cats/3.png cannot be read as an image'),
     (no_image, 'cats/3.png cannot be read as an image'),
     (nothing, 'cats/3.png cannot be read as an image'),
@@ -524,7 +523,7 @@ def no_zip(f): f.with_suffix('.npz').write_bytes(b'no zip')
     (only_a_test, "holds a folder 'test' and no folder train"),
     (loose, 'holds images in 0 class folders'), (Path.mkdir, 'holds images in 0 class folders'),
     (small, 'holds images of 7×7 pixels: networks take 8×8 and more'),
-    (few, '0 images cannot be held out of 4'),
+    (few, 'there are 3 images to hold some out of'),
     (pickled, 'not an .npz with plain arrays .*allow_pickle'),
     (pickled_labels, 'not an .npz with plain arrays .*allow_pickle'),
     (other_arrays, 'holds label, pictures: it must hold image, label, or train_images'),
@@ -534,13 +533,13 @@ def no_zip(f): f.with_suffix('.npz').write_bytes(b'no zip')
     (one_hot, r'label must be whole numbers .30,.*given int64 \(30, 2\)'),
     (fewer_labels, r'label must be whole numbers .30,.*given int64 \(29,\)'),
     (four_channels, r'with 1 or 3 channels, given uint8 \(30, 8, 8, 4\)'),
-    (oblong_array, 'with H = W'), (small_array, 'images of 4×4 pixels: networks take 8×8'),
+    (small_array, 'images of 4×4 pixels: networks take 8×8'),
     (one_label, 'holds training images of 1 class: at least 2'),
     (negative, 'labels go from -1 to 28: classes are numbered from 0'),
     (huge, 'labels go from 1 to 4294967295: classes are numbered from 0, up to 65535'),
     (label_only_in_test, 'test images of class 2, of which there are no training images'),
     (empty_arrays, r'given uint8 \(0, 8, 8'), (no_arrays, 'holds nothing: it must hold'),
-    (an_npy, 'is no .npz file of plain arrays'), (no_zip, 'is no .npz file of plain arrays'),
+    (an_npy, 'is not an .npz with plain arrays'), (no_zip, 'is not an .npz with plain arrays'),
 ], ids=lambda v: getattr(v, '__name__', ''))
 def test_what_is_wrong_with_images(make, message, here):
     make(here/'mine')
@@ -553,7 +552,7 @@ def test_wrong_images_of_a_function(here):
     for change, message in [
             (("'noise')", "'noise')[:0]"), 'must return an ImageData with at least one image'),
             (("('a', 'b', 'c')", "('a', 'b', split)"), 'training and test images differ'),
-            (('8, 8', '8, 9'), 'with H = W'), (('torch.uint8', 'torch.int64'), 'must be uint8'),
+            (('torch.uint8', 'torch.int64'), 'must be uint8'),
             (('return', 'raise OSError(3) #'), '3')]:
         (here/'wrong.py').write_text(DATA.replace(*change))
         with pytest.raises((ValueError, OSError), match=message):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,15 @@ if kind == 'wrong': raise ValueError('a first line' + chr(10) + 'kind is wrong')
 if kind == 'killed': os._exit(1)
 time.sleep(0 if (folder/'again').exists() else seconds)
 (folder/'metrics.jsonl').write_text(json.dumps(dict(epoch=1, clean=value, pgd=value/3)))"""
-LATER = ("""import json
+RECORD = Path(__file__).parent.parent/'nbs/results/records/cifar10-weat_adv-resnet8.json'
+LATER = f"""import json
 from pathlib import Path
+Path(checkpoint).read_text()
+record = json.loads(Path({str(RECORD)!r}).read_text())
+record['results'] = [r | dict(num_images=7, accuracy=0., standard_error=0.)
+                     for r in record['results'][:2]]
 Path(run_dir).mkdir(parents=True, exist_ok=True)
-(Path(run_dir)/'record.json').write_text(json.dumps(dict(model=dict(name='best'), """
-"""results=[dict(attack='pgd-20', num_images=7, accuracy=len(Path(checkpoint).read_text()))])))""")
+(Path(run_dir)/'record.json').write_text(json.dumps(record))"""
 
 
 def notebook(path, parameters, source):
@@ -65,17 +70,23 @@ def table(name='grid'):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('grid: {value: [1]}\nvalues: {}', "no key 'values'"), ('grid: {}', 'is empty'),
+    ('grid: {value: [1]}\nvalues: {}', "key = 'values' is not allowed.*one of notebook"),
+    ('grid: {}', 'grid = {} is not allowed.*lists of their values'),
+    ('parameters: {value: 1}', 'grid = None is not allowed.*lists of their values'),
+    ('grid: [{}]', 'grid 1 = {} is not allowed'),
+    ('grid: {value: [1]}\nrecords: 3', 'records = 3'),
+    ('grid: {value: [1]}\npages: none.ipynb', 'pages = .*none.ipynb'),
     ('grid: []\nparameters: 3', 'must be a mapping'),
     ('grid: {valeu: [1]}', "did you mean 'value'"),
-    ('grid: {value: 1}', 'must be a list'), ('grid: {value: [1, 1]}', 'lists 1 twice'),
+    ('grid: {value: 1}', 'must be a list'), ('grid: {value: [1, 1]}', 'value: 1 is there twice'),
     ('grid: {value: [x]}', "value = 'x' is not allowed"),
     ('grid: {value: [1.5]}', 'a whole number'),
-    ('grid: {value: [1]}\nparameters: {value: 1}', 'value is there twice'),
+    ('grid: {value: [1]}\nparameters: {value: 1}', "'value' is there twice"),
     ('grid: {value: [0, 1]}\nparameters: {value: 1, value: 2}', 'line 3.*twice'),
-    ('grid: {run_dir: [a]}', 'run_dir is not allowed'),
+    ('grid: {run_dir: [a]}', "run_dir = 'a' is not allowed.*a folder"),
     ('grid: [{value: [0]}, {kind: [right]}]', 'one run twice'),
-    ('grid: {value: [1]}\nthen: {notebook: none.ipynb}', 'there is no notebook'),
+    ('grid: {value: [1]}\nthen: {notebook: none.ipynb}',
+     'none.ipynb. is not allowed.*a file that is there'),
     ('grid: {value: [1]}\nthen: {notebok: later.ipynb}', "did you mean 'notebook'"),
     ('grid: {value: [1]}\nthen: {notebook: later.ipynb, parameters: {checkpont: a}}',
      "did you mean 'checkpoint'"),
@@ -94,11 +105,32 @@ def test_a_wrong_file_is_one_error_before_anything_runs(text, message, sweep, ca
 def test_wrong_commands(sweep, capsys):
     good = sweep('grid: {value: [1]}')
     for arguments, message in [
-            (['none.yaml'], 'there is no file'), ([good, '--jobs', '0'], 'at least 1'),
+            (['none.yaml'], 'a file that is there'), ([good, '--jobs', '0'], 'at least 1'),
             ([good, '--slurm', 'gpu'], 'KEY=VALUE')]:
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
     assert not Path('runs').exists()
+
+
+def test_lists_and_home(sweep, tmp_path, monkeypatch):
+    "A list is the string of the same names; what the notebook is given is the list; ~ is the home"
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for folder in ('records', 'grids'): (tmp_path/folder).mkdir()
+    def runs(text): return read_grid(sweep(text)).runs
+    parts = 'grid: {value: [1]}\nthen: {notebook: later.ipynb, parameters: {checkpoint: %s}}'
+    listed, written = (runs(parts % value)[0].stages[1]
+                       for value in ("['{run_dir}/a', b]", "'{run_dir}/a, b'"))
+    assert listed.given['checkpoint'] == written.given['checkpoint'].split(', ')
+    assert '{run_dir}' not in str(listed.given) and listed.key() == written.key()
+    plain, = runs('grid: {kind: ["right, wrong"], value: [1]}')
+    assert runs('grid: {kind: [[right, wrong]], value: ["1"]}')[0].stages == (
+        replace(plain.stages[0], given=dict(kind=['right', 'wrong'], value='1')),)
+    (tmp_path/'grids/home.yaml').write_text(
+        'notebook: ~/toy.ipynb\nrecords: ~/records\npages: ~/later.ipynb\ngrid: {value: [1]}')
+    grid = read_grid('~/grids/home.yaml', '~/out')
+    assert grid.records == tmp_path/'records' and grid.pages == [tmp_path/'later.ipynb']
+    assert grid.runs[0].folder.parent == tmp_path/'out'
+    assert main(['~/grids/home.yaml', '--out', '~/out', '--dry-run']) == 0
 
 
 def test_a_run_is_what_it_computes(sweep):
@@ -171,7 +203,8 @@ def test_a_second_notebook_and_pages(sweep, tmp_path, capsys):
     # what was through stays so
     assert sorted(p.stat().st_mtime_ns for p in Path('runs/grid').glob('*/toy.ipynb')) == first
     assert [set(scores(run.folder)) for run in read_grid(sweep(then)).runs] == [
-        {'selected epoch', 'held-out clean (%)', 'held-out PGD-20 (%)', 'pgd-20 (%), 7 images'}]
+        {'selected epoch', 'held-out clean (%)', 'held-out PGD-20 (%)', 'clean (%), 7 images',
+         'pgd-20 (%), 7 images'}]
     record, = (tmp_path/'records').glob('value3-*.json')
     assert (json.loads(record.read_text())['results'][0]['num_images'] == 7
             and json.loads(record.read_text())['model']['name'] == record.stem)

@@ -450,7 +450,7 @@ def test_damaged_data_leaves_no_folder(tmp_path):
 
 
 def test_wrong_data_leaves_no_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match='none.npz'):
+    with pytest.raises(ValueError, match='aux_data = .*none.npz.*a file that is there'):
         TrainConfig(aux_data=str(tmp_path/'none.npz'))
     (tmp_path/'bad.npz').write_bytes(b'no arrays')
     with pytest.raises(ValueError, match='bad.npz'):

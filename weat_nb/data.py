@@ -6,7 +6,7 @@ Docs: https://weat-nb.github.io/weat_nb/parts/data.html.md"""
 
 # %% auto #0
 __all__ = ['DATASETS', 'OWN_DATA', 'ImageData', 'DatasetSpec', 'is_own_dataset', 'dataset_spec', 'dataset_identity',
-           'load_dataset', 'to_float', 'check_images', 'augment', 'batches', 'split_holdout', 'load_images']
+           'load_dataset', 'to_float', 'augment', 'batches', 'split_holdout', 'load_images']
 
 # %% ../nbs/parts/data.ipynb #1d4920b1
 import hashlib
@@ -14,18 +14,16 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import as_path, check_count, check_labels, check_name, in_words
 from .fetch import READERS, data_root
+from .guards import defaults
 from .own import is_address, load_own, own_content
 from .own_data import read_npz, read_own
-from .params import suggest
 
 # %% ../nbs/parts/data.ipynb #93d41ee6
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,27 +35,20 @@ class ImageData:
     name:str # name of the data set
 
     def __post_init__(self)->None:
-        x, y, k = self.images, self.labels, len(self.classes)
-        if (not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4
-                or x.shape[2] != x.shape[3]):
-            raise ValueError(f'{self.name}: images must be uint8 (N, C, H, W) with H = W, '
-                             f'given {_form(x)}')
-        if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1]:
-            raise ValueError(f'{self.name}: labels must be int64 ({len(x)},), one for each image, '
-                             f'given {_form(y)}')
-        if y.device != x.device:
-            raise ValueError(f'{self.name}: images are on {x.device} but labels on {y.device}')
-        if len(y) and not 0 <= y.min() <= y.max() < k:
-            raise ValueError(f'{self.name}: labels go from {y.min()} to {y.max()}, '
-                             f'but {k} classes allow 0 to {k - 1}')
+        x = self.images
+        if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4:
+            raise ValueError(f'{self.name}: images must be uint8 (N, C, H, W), given {in_words(x)}')
+        check_labels(self.labels, len(x), f'{self.name}: labels', num_classes=self.num_classes,
+                     device=x.device)
 
     def __len__(self)->int: return len(self.images)
 
     def __getitem__(self, index:slice|Tensor|Sequence[int])->'ImageData':
-        if isinstance(index, int):
-            raise TypeError('an ImageData is cut by a slice or by indices: '
-                            f'[[{index}]], not [{index}]')
-        if not isinstance(index, slice): index = torch.as_tensor(index, device=self.images.device)
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index, device=self.images.device)
+            if not index.ndim:
+                raise TypeError('an ImageData is cut by a slice or by indices: '
+                                f'[[{index}]], not [{index}]')
         return replace(self, images=self.images[index], labels=self.labels[index])
 
     def to(self,
@@ -67,9 +58,10 @@ class ImageData:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def sha256(self)->str: # 64 hexadecimal digits
-        "SHA-256 of images and labels, wherever they lie"
+        "SHA-256 of images and labels, wherever they lie; of rectangles their size counts, too"
+        shape = b'' if isinstance(self.image_size, int) else str(self.image_size).encode()
         return hashlib.sha256(self.images.cpu().numpy().tobytes()
-                              + self.labels.cpu().numpy().tobytes()).hexdigest()
+                              + self.labels.cpu().numpy().tobytes() + shape).hexdigest()
 
     @property
     def num_classes(self)->int:
@@ -80,9 +72,10 @@ class ImageData:
         "C"
         return self.images.shape[1]
     @property
-    def image_size(self)->int:
-        "Height and width in pixels"
-        return self.images.shape[2]
+    def image_size(self)->int|tuple[int, int]:
+        "Height and width in pixels: one number for squares, (H, W) for rectangles"
+        height, width = self.images.shape[2:]
+        return height if height == width else (height, width)
 
     def __repr__(self)->str:
         n, c, h, w = self.images.shape
@@ -90,18 +83,13 @@ class ImageData:
         return (f'ImageData({self.name}: {n:,} images of {c}×{h}×{w}, '
                 f'{self.num_classes} classes, on {where})')
 
-def _form(x:Any)->str:
-    "Type and shape of a tensor, in words"
-    return (f'{str(x.dtype).removeprefix("torch.")} {tuple(x.shape)}' if isinstance(x, Tensor)
-            else type(x).__name__)
-
 # %% ../nbs/parts/data.ipynb #ad33bc15
 @dataclass(frozen=True)
 class DatasetSpec:
     "What is known of a data set before it is loaded"
     num_classes:int # K
     in_channels:int # C
-    image_size:int # height and width in pixels
+    image_size:int|tuple[int, int] # height and width in pixels; (H, W) where they differ
     n_train:int # training images
     n_test:int # test images
     pad:int # zero padding of the random crop in training, in pixels
@@ -122,7 +110,7 @@ def is_own_dataset(
 )->bool: # a folder that is there, the name of an .npz file, or an address; no key of `DATASETS`
     "Does a name stand for images of one's own?"
     if not isinstance(name, str) or name in DATASETS: return False
-    return is_address(name) or name.endswith('.npz') or Path(name).expanduser().is_dir()
+    return is_address(name) or name.endswith('.npz') or os.path.isdir(as_path(name))
 
 OWN_DATA = (is_own_dataset, 'a folder of class folders, an .npz file or file.py:function')
 
@@ -142,11 +130,11 @@ def _own_splits(name:str, key:str)->tuple[ImageData, ImageData]:
                                  f'image for "train" and for "test", and returned {part!r:.100}')
     else:
         splits, classes = read_own(name)
-        called = Path(name).expanduser().resolve().stem
+        called = as_path(name).resolve().stem
         if called in DATASETS: called = f'own {called}' # a name is no proof
         parts = [ImageData(torch.from_numpy(images), torch.from_numpy(labels), classes, called)
                  for images, labels in splits]
-        if len(parts) == 1: parts = [*split_holdout(parts[0], len(parts[0])//5, seed=0)]
+        if len(parts) == 1: parts = [*split_holdout(parts[0], max(len(parts[0])//5, 1), seed=0)]
         train, test = parts
     if train.images.shape[1:] != test.images.shape[1:] or train.classes != test.classes:
         raise ValueError(f'dataset = {name!r}: training and test images differ: '
@@ -160,7 +148,7 @@ def dataset_spec(
     if not is_own_dataset(name): return DATASETS[name]
     train, test = _own_splits(name, _own_key(name))
     return DatasetSpec(train.num_classes, train.in_channels, train.image_size, len(train),
-                       len(test), pad=train.image_size//8, flip=True)
+                       len(test), pad=min(train.images.shape[2:])//8, flip=True)
 
 def dataset_identity(
     name:str, # as in `load_dataset`
@@ -173,18 +161,16 @@ def dataset_identity(
 
 # %% ../nbs/parts/data.ipynb #4b54c981
 def load_dataset(
-    name:str, # a key of `DATASETS`, or where images of one's own are: a folder, an .npz, an address
+    # a key of `DATASETS`, or where images of one's own are: a folder, an .npz, an address
+    name:str|os.PathLike,
     split:str, # "train" or "test"
     root:str|os.PathLike|None = None, # folder of the data; None: `WEAT_DATA`, else the user's cache
 )->ImageData: # on the CPU
     "Load one split of a data set; what is not there yet is fetched"
-    if split not in ('train', 'test'):
-        raise ValueError(f'split = {split!r} is not one of train, test'
-                         f'{suggest(split, ("train", "test"))}')
+    check_name('split', split, ('train', 'test'))
+    name = str(name) if isinstance(name, os.PathLike) else name
+    check_name('dataset', name, DATASETS, OWN_DATA)
     if is_own_dataset(name): return _own_splits(name, _own_key(name))[split == 'test']
-    if name not in DATASETS:
-        raise ValueError(f'dataset = {name!r} is not one of {", ".join(DATASETS)}, or {OWN_DATA[1]}'
-                         f'{suggest(name, DATASETS)}')
     images, labels, classes = READERS[name](split == 'train', data_root(root))
     return ImageData(torch.from_numpy(images), torch.from_numpy(labels), classes, name)
 
@@ -194,31 +180,8 @@ def to_float(
 )->Tensor: # (B, C, H, W) float32 in [0, 1]
     "Bytes to float32 pixels in [0, 1]"
     if images.dtype != torch.uint8:
-        raise TypeError(f'to_float takes uint8 images, given {_form(images)}')
+        raise TypeError(f'to_float takes uint8 images, given {in_words(images)}')
     return images.to(torch.float32)/255
-
-def check_images(
-    x:Tensor, # should be floating (B, C, H, W) in [0, 1]
-    in_channels:int|None = None, # C, where it is known
-)->None:
-    "Raise one clear error unless `x` is a batch of images that attacks and models can take"
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4:
-        hint = '; use to_float' if isinstance(x, Tensor) and x.dtype == torch.uint8 else ''
-        raise ValueError('images must be a float tensor (B, C, H, W) in [0, 1], '
-                         f'given {_form(x)}{hint}')
-    if in_channels is not None and x.shape[1] != in_channels:
-        raise ValueError(f'images must be (B, {in_channels}, H, W), '
-                         f'given {x.shape[1]} channels in {_form(x)}')
-    if not x.numel(): return
-    # NaN and infinity survive; one wait for the device
-    low, high = torch.stack(x.detach().aminmax()).tolist()
-    if 0 <= low and high <= 1: return
-    if not np.isfinite([low, high]).all():
-        raise ValueError(f'images must be finite, given {int((~x.isfinite()).sum())} values '
-                         'that are NaN or infinite')
-    hint = ('what a model subtracts belongs inside the model' if low < 0
-            else 'divide by 255 if they are 8-bit values')
-    raise ValueError(f'images must lie in [0, 1], given values from {low:g} to {high:g}; {hint}')
 
 # %% ../nbs/parts/data.ipynb #000e4ca2
 def augment(
@@ -252,9 +215,7 @@ def batches(
     drop_last:bool = False, # leave out a last batch that is not full
 )->Iterator[tuple[Tensor, Tensor]]: # x (B, C, H, W) float32 in [0, 1] and y (B,)
     "Go through the data once, in batches"
-    if batch_size < 1:
-        raise ValueError(f'batch_size = {batch_size} is not allowed: it must be at least 1')
-    if pad < 0: raise ValueError(f'pad = {pad} is not allowed: it must be at least 0')
+    batch_size, pad = check_count('batch_size', batch_size), check_count('pad', pad, 0)
     if (pad or flip) and generator is None:
         raise ValueError(f'pad = {pad} and flip = {flip} are random: '
                          'give a generator, or pad=0 and flip=False')
@@ -278,15 +239,15 @@ def _batches(
         yield to_float(images), labels
 
 # %% ../nbs/parts/data.ipynb #9a99c2e4
+@defaults(torch.float32, 'cpu')
 def split_holdout(
     data:ImageData, # what to split
     n:int, # images to hold out, at least 1 and fewer than there are
     seed:int, # decides which
 )->tuple[ImageData, ImageData]: # (rest, held_out)
     "Hold out `n` images, the classes in the proportions of the data"
-    if not 1 <= n < len(data):
-        raise ValueError(f'{n} images cannot be held out of {len(data)}: '
-                         f'at least 1, at most {len(data) - 1}')
+    n = check_count('n', n, 1, len(data) - 1,
+                    f': {n} images cannot be held out of {len(data)}')
     labels, generator = data.labels.cpu(), torch.Generator().manual_seed(seed)
     share = labels.bincount(minlength=data.num_classes)*n
     quota, remainder = share // len(data), share % len(data)
@@ -307,4 +268,4 @@ def load_images(
     "Load synthesised images; arrays only, nothing is unpickled"
     image, label = map(torch.from_numpy, read_npz(path))
     classes = tuple(classes) if classes else tuple(map(str, range(int(label.max()) + 1)))
-    return ImageData(image, label, classes, Path(path).stem)
+    return ImageData(image, label, classes, as_path(path).stem)

@@ -37,6 +37,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
+from .checks import check_count
+
 # %% ../nbs/parts/distributed.ipynb #4b2e49ca
 def rank()->int: # 0 … world_size() - 1
     "Number of this process; 0 where there is only one"
@@ -260,8 +262,7 @@ def launch(
 )->Any: # what process 0 returned, a JSON value; None on other machines than 0
     "Run a function in many processes that can talk to each other; start all again if one is killed"
     check_launch(num_processes, num_nodes, node_rank, rdzv_endpoint, device)
-    if max_restarts < 0:
-        raise ValueError(f'max_restarts = {max_restarts} is not allowed: it must be at least 0')
+    max_restarts = check_count('max_restarts', max_restarts, 0)
     _function(function)
     text, results, error, received = json.dumps(list(args)), {}, None, None
     with tempfile.TemporaryDirectory(prefix='weat_nb_') as folder:

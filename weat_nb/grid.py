@@ -12,13 +12,16 @@ import ast
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .checks import as_path, check_count, check_name, check_path, refuse
 from .own import own_content
-from .params import check_param, param, suggest
+from .params import check_param, param
+from .runs import reading
 
 # %% ../nbs/parts/grid.ipynb #a5df2cbb
 def notebook_parameters(
@@ -26,7 +29,7 @@ def notebook_parameters(
     # name -> (int, float, str, bool or None where it is none of them, default)
 )->dict[str, tuple[type|None, Any]]:
     "What a notebook can be told"
-    cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
+    cells = json.loads(as_path(notebook).read_text(encoding='utf-8'))['cells']
     source = ''.join(next((c['source'] for c in cells
                            if 'parameters' in c['metadata'].get('tags', [])), []))
     kinds = {n.target.id: ast.unparse(n.annotation) for n in ast.parse(source).body
@@ -81,74 +84,76 @@ class Grid:
 def _stage(notebook:Path, given:dict[str, Any], where:str)->Stage:
     known, identity = notebook_parameters(notebook), {}
     for name, value in given.items():
-        if name not in known:
-            raise ValueError(f'{where}: {notebook.name} has no parameter {name!r}'
-                             f'{suggest(name, known) or "."} '
-                             f'Its parameters are: {", ".join(known)}')
+        check_name(f'{where}: parameter of {notebook.name}', name, known)
         if name == 'run_dir':
-            raise ValueError(f'{where}: run_dir is not allowed: '
-                             'a sweep gives every run a folder of its own')
+            refuse(f'{where}: run_dir', value, 'left out: a sweep gives every run a folder')
         kind, default = known[name]
-        try:
-            checked = (check_param(name, value, param(kind, f'of {notebook.name}').metadata) if kind
-                       else value)
-        except ValueError as e: raise ValueError(f'{where}: {e}') from None
+        rule = param(kind, f'of {notebook.name}', many=kind is str).metadata if kind else None
+        checked = check_param(f'{where}: {name}', value, rule) if rule else value
         if checked != default and name not in PLACE: identity[name] = own_content(name, checked)
     return Stage(notebook, given, identity)
 
 def _folder(out:Path, stage:Stage, varied:dict[str, Any])->Path:
     "The folder with the run's digest, however named, or a new one named after what the grid varies"
     digest = hashlib.sha256(json.dumps(stage.key(), sort_keys=True).encode()).hexdigest()[:8]
-    name = '-'.join(v if isinstance(v, str) else f'{k}{v}'
+    words = lambda v: '_'.join(map(str, v)) if isinstance(v, list) else v
+    name = '-'.join(words(v) if isinstance(v, (str, list)) else f'{k}{v}'
                     for k, v in varied.items()) or stage.notebook.stem
     name = ''.join(c if c.isalnum() or c in '._-' else '_' for c in name)[:80]
     return next(iter(sorted(out.glob(f'*-{digest}'))), out/f'{name}-{digest}')
 
 # %% ../nbs/parts/grid.ipynb #8d055479
+def _once(names:Iterable[Any], where:str)->None:
+    "Refuse what is there twice"
+    names = list(names)
+    for i, name in enumerate(names):
+        if name in names[:i]: raise ValueError(f'{where}: {name!r} is there twice')
+
+def _check_size(value:Any, left:int = 10_000)->int:
+    "How many more values there may be; aliases make many of a few lines"
+    if left < 0: raise ValueError('more than 10,000 values')
+    if isinstance(value, dict): value = list(value.values())
+    for part in value if isinstance(value, list) else (): left = _check_size(part, left - 1)
+    return left
+
 def _read_yaml(path:Path)->Any:
     "YAML in which a key that comes twice is an error: PyYAML would keep the last in silence"
     import yaml
     class Loader(yaml.SafeLoader): pass
     def mapping(loader:Any, node:Any)->dict[Any, Any]:
-        keys = [loader.construct_object(k) for k, _ in node.value]
-        twice = [k for i, k in enumerate(keys) if k in keys[:i]]
-        if twice:
-            raise ValueError(f'{path}, line {node.start_mark.line + 1}: '
-                             f'{twice[0]!r} is there twice')
+        _once([loader.construct_object(k) for k, _ in node.value],
+              f'line {node.start_mark.line + 1}')
         return loader.construct_mapping(node, deep=True)
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try: return yaml.load(path.read_text(encoding='utf-8'), Loader)
-    except yaml.YAMLError as e: raise ValueError(f'{path} is not YAML: {e}') from None
+    with reading(path, 'is not YAML that can be read', 'mend it', yaml.YAMLError, ValueError,
+                 LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        text = path.read_text(encoding='utf-8')
+        if text.count('[') + text.count('{') > 500: # its time grows with the square of their depth
+            raise ValueError('more than 500 brackets')
+        found = yaml.load(text, Loader)
+        _check_size(found)
+    return found
 
 def _mapping(value:Any, what:str, allowed:tuple[str, ...] = ())->dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f'{what} must be a mapping of names to values, not {value!r}')
-    for key in value if allowed else ():
-        if key not in allowed:
-            raise ValueError(f'{what} has no key {key!r}{suggest(key, allowed) or "."} '
-                             f'The keys are: {", ".join(allowed)}')
+    if not isinstance(value, dict): refuse(what, value, 'a mapping of names to values')
+    for key in value if allowed else (): check_name(f'{what}: key', key, allowed)
     return value
 
-def _notebook(value:Any, path:Path)->Path:
-    if not isinstance(value, str):
-        raise ValueError(f'{path} names no notebook: '
-                         'write notebook: and a path relative to this file')
-    notebook = (path.parent/value).resolve()
-    if not notebook.is_file():
-        raise FileNotFoundError(f'{path} names {value}, but there is no notebook {notebook}')
-    return notebook
+def _there(value:Any, path:Path, what:str = 'notebook', kind:str = 'file')->Path:
+    "What the file names, relative to itself"
+    name = f'{path}: {what}'
+    there = path.parent/as_path(value, name) if isinstance(value, str) else value
+    return check_path(name, there, kind).resolve()
 
 def _combinations(grid:Any, path:Path)->Iterator[dict[str, Any]]:
-    for i, axes in enumerate(grid if isinstance(grid, list) else [grid]):
+    for i, axes in enumerate(grid if isinstance(grid, list) and grid else [grid]):
         where = f'{path}, grid' + (f' {i + 1}' if isinstance(grid, list) else '')
+        if not axes: refuse(where, axes, 'names of parameters and lists of their values')
         for name, values in _mapping(axes, where).items():
             if not isinstance(values, list) or not values:
-                raise ValueError(f'{where}: {name} must be a list of at least one value, '
-                                 f'not {values!r}')
-            twice = [v for j, v in enumerate(values) if v in values[:j]]
-            if twice: raise ValueError(f'{where}: {name} lists {twice[0]!r} twice')
-        if not axes:
-            raise ValueError(f'{where} is empty: name parameters and lists of their values')
+                refuse(f'{where}: {name}', values, 'a list of at least one value')
+            _once(values, f'{where}, {name}')
+        check_count(f'{where}: number of runs', math.prod(map(len, axes.values())), high=10_000)
         yield from (dict(zip(axes, values)) for values in itertools.product(*axes.values()))
 
 # %% ../nbs/parts/grid.ipynb #257c52c1
@@ -158,43 +163,38 @@ def read_grid(
     out:str|Path|None = None,
 )->Grid: # what it says
     "The runs that a file lists; whatever is wrong with it is an error here"
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'there is no file {path}')
+    path = check_path('grid', path, 'file')
     spec = _mapping(_read_yaml(path), str(path), _KEYS)
-    out = Path(out or Path('runs')/path.stem).resolve()
-    records = spec.get('records')
-    if records and not (path.parent/records).is_dir():
-        raise FileNotFoundError(f'{path}, records: there is no folder {records}')
-    notebook, pages = (_notebook(spec.get('notebook'), path),
-                       [_notebook(p, path) for p in spec.get('pages') or []])
+    out, records = as_path(out or Path('runs')/path.stem).resolve(), spec.get('records')
+    if records is not None: records = _there(records, path, 'records', 'folder')
+    pages = spec.get('pages') or []
+    notebook, pages = (_there(spec.get('notebook'), path),
+                       [_there(p, path, 'pages') for p in
+                        (pages if isinstance(pages, list) else [pages])])
     fixed, later = _mapping(spec.get('parameters') or {}, f'{path}, parameters'), spec.get('then')
     if later:
         later = _mapping(later, f'{path}, then', ('notebook', 'parameters'))
-        second = (_notebook(later.get('notebook'), path),
+        second = (_there(later.get('notebook'), path),
                   _mapping(later.get('parameters') or {}, f'{path}, then, parameters'))
         if second[0].name == notebook.name:
             raise ValueError(f'{path}: both notebooks are called {notebook.name}; '
                              'the second would overwrite the first')
     runs:dict[str, Run] = {}
-    if not spec.get('grid'):
-        raise ValueError(f"{path}: grid is {'empty' if 'grid' in spec else 'missing'}: "
-                         "name parameters and lists of their values under grid")
-    for combination in _combinations(spec['grid'], path):
-        both = set(combination) & set(fixed)
-        if both:
-            raise ValueError(f'{path}: {min(both)} is there twice, '
-                             'among parameters and in the grid')
+    for combination in _combinations(spec.get('grid'), path):
+        _once([*fixed, *combination], f'{path}, parameters and grid')
         stage = _stage(notebook, {**fixed, **combination}, str(path))
         folder = _folder(out, stage, combination)
         stages:tuple[Stage, ...] = (stage,)
         if later:
             then = _stage(*second, f'{path}, then')
-            fill = lambda v: (v.replace('{run_dir}', str(stage.run_dir(folder)))
-                              if isinstance(v, str) else v)
+            def fill(value:Any)->Any:
+                if isinstance(value, list): return [fill(v) for v in value]
+                return (value.replace('{run_dir}', str(stage.run_dir(folder)))
+                        if isinstance(value, str) else value)
             stages += (replace(then, given={k: fill(v) for k, v in then.given.items()}),)
         digest = folder.name[-8:]
         if digest in runs:
             raise ValueError(f'{path} lists one run twice: {json.dumps(stage.given)} '
                              f'is the same as {json.dumps(runs[digest].stages[0].given)}')
         runs[digest] = Run(folder, stages)
-    return Grid(list(runs.values()), (path.parent/records).resolve() if records else None, pages)
+    return Grid(list(runs.values()), records, pages)

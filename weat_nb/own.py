@@ -21,8 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .checks import as_path, suggest
 from .fetch import READERS
-from .params import suggest
 
 # %% ../nbs/parts/own.ipynb #e4e1d781
 def is_address(
@@ -41,7 +41,7 @@ def _split(address:str, what:str)->tuple[str, str]:
 def _file(where:str, address:str, what:str)->Path|None:
     "The source that the first part of an address names; None where a module has no file"
     if where.endswith('.py'):
-        path = Path(where).expanduser()
+        path = as_path(where)
         if not path.is_file():
             raise FileNotFoundError(f'{what} = {address!r}: there is no file {where} '
                                     f'in {Path.cwd()}')
@@ -128,7 +128,7 @@ def load_own(
     try:
         if where.endswith('.py') and file: module = _from_source(file)
         else: module = importlib.import_module(where)
-    except Exception as e: raise _not_imported(address, what, e) from e
+    except Exception as e: raise _not_imported(address, what, e) from e # their code: any
     try: found = reduce(getattr, name.split('.'), module)
     except AttributeError:
         there = [n for n in vars(module) if not n.startswith('_')]
@@ -144,12 +144,14 @@ def content_sha256(
     path:Path, # a file, or a folder
 )->str: # 64 hexadecimal digits
     "SHA-256 of a file's bytes, or of the names and bytes of all files of a folder but hidden ones"
+    path = as_path(path)
     if path.is_file(): return hashlib.sha256(path.read_bytes()).hexdigest()
     inside = {p.relative_to(path): p for at, _, names in os.walk(path, followlinks=True)
               for p in (Path(at, name) for name in names) if p.is_file()}
     sha = hashlib.sha256()
     for name in sorted(n for n in inside if not any(part.startswith('.') for part in n.parts)):
-        sha.update(f'{name.as_posix()} {content_sha256(inside[name])}\n'.encode())
+        line = f'{name.as_posix()} {content_sha256(inside[name])}\n'
+        sha.update(line.encode(errors='surrogateescape')) # a name need not be UTF-8
     return sha.hexdigest()
 
 def own_identity(
@@ -182,7 +184,7 @@ def own_content(
         if where.endswith('.py') or here: return own_identity(value, name)
         return value
     if name != 'dataset' or value in READERS: return value
-    path = Path(value).expanduser()
+    path = as_path(value)
     if path.suffix == '.npz' and path.is_file() or path.is_dir():
         return f'images@{content_sha256(path)[:12]}'
     return value

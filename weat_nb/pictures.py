@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from .checks import as_path
 from .measures import to_bytes, to_pixels
 from .runs import write_file
 
@@ -73,7 +74,7 @@ def write_samples(
 )->Path: # the folder: png/00000-airplane.png, … and samples.npz
     "Write PNG files and a .npz (`arr_0` uint8 (N, H, W, 3), `arr_1` labels) as FID tools read them"
     from PIL import Image
-    folder = Path(folder)
+    folder = as_path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f'{folder} is not an empty folder: '
                               'name another, nothing is overwritten')

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .checks import as_path
 from .runs import write_file
 
 # %% ../nbs/parts/plots.ipynb #f5b80b2d
@@ -111,7 +112,7 @@ def save_figure(
     "Keep a figure as PNG in the run's `figures/`"
     image = BytesIO()
     fig.savefig(image, dpi=120, format='png')
-    write_file(Path(run_dir)/'figures'/f'{name}.png', image.getvalue())
+    write_file(as_path(run_dir)/'figures'/f'{name}.png', image.getvalue())
 
 # %% ../nbs/parts/plots.ipynb #c3198481
 def show_images(

@@ -25,15 +25,17 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from .checks import as_path, check_count, refuse
 from .grid import PLACE, Run, notebook_parameters, read_grid
-from .runs import Progress, best_row, lock_run, read_lines, write_text
+from .runs import (
+    Progress, best_row, lock_run, read_json, read_lines, reading, write_text)
 
 # %% ../nbs/parts/sweep.ipynb #ab459c1d
 def _status(folder:Path)->dict[str, Any]:
     file = folder/'status.json'
-    return json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+    return read_json(file, 'delete it') if file.exists() else {}
 
 def finished(
     run:Run, # of a sweep
@@ -71,7 +73,7 @@ def execute(
 )->None:
     "Run the notebooks of a run that are not through yet; what each process of a sweep does"
     import papermill
-    folder = Path(folder)
+    folder = as_path(folder)
     with lock_run(folder):
         job, done = (json.loads((folder/'job.json').read_text(encoding='utf-8')),
                      _status(folder).get('done', []))
@@ -228,10 +230,12 @@ def _selected(folder:Path, history:list[dict[str, Any]])->dict[str, Any]:
     "The epoch whose model a training run has kept; of one that has not ended, the best so far"
     kept, config = folder/'best.safetensors', folder/'config.json'
     if kept.exists():
-        with safe_open(kept, 'np') as file: note = json.loads(file.metadata()['weat_nb'])
-        epoch = note['metadata']['metadata']['epoch']
-        return next(row for row in history if row['epoch'] == epoch)
-    return best_row(history, json.loads(config.read_text(encoding='utf-8')).get('objective')
+        with reading(kept, f'is damaged, or not of {folder/"metrics.jsonl"}', 'restore it',
+                     SafetensorError, ValueError, LookupError, TypeError, RecursionError):
+            with safe_open(kept, 'np') as file: note = json.loads(file.metadata()['weat_nb'])
+            chosen = {row['epoch']: row for row in history}[note['metadata']['metadata']['epoch']]
+        return chosen
+    return best_row(history, read_json(config).get('objective')
                              if config.exists() else None)
 
 # %% ../nbs/parts/sweep.ipynb #c917cb89
@@ -239,18 +243,20 @@ def scores(
     folder:Path, # of a run
 )->dict[str, Any]: # columns of its row
     "What a run reached, from its metrics and its evaluation records"
+    from weat_nb.records import read_record
     found:dict[str, Any] = {}
+    folder = as_path(folder)
     for file in sorted(folder.glob('*/metrics.jsonl')):
         history = [row for row in read_lines(file) if 'pgd' in row]
         if not history: continue
-        best = _selected(file.parent, history)
-        found |= {'selected epoch': best['epoch'], 'held-out clean (%)': best['clean'],
-                  'held-out PGD-20 (%)': best['pgd']}
+        with reading(file, 'is damaged', 'restore it', LookupError, TypeError):
+            best = _selected(file.parent, history)
+            found |= {'selected epoch': best['epoch'], 'held-out clean (%)': best['clean'],
+                      'held-out PGD-20 (%)': best['pgd']}
     for file in sorted(folder.glob('*/*.json')):
-        record = json.loads(file.read_text(encoding='utf-8'))
-        if not isinstance(record, dict) or 'results' not in record: continue
+        if 'results' not in read_json(file): continue
         found |= {f"{r['attack']} (%), {r['num_images']} images": r['accuracy']
-                  for r in record['results']}
+                  for r in read_record(file)['results']}
     return found
 
 def summarise_sweep(
@@ -288,9 +294,10 @@ def collect_records(
     folder:Path, # of JSON records
 )->None:
     "Copy the records of the finished runs, under the runs' names"
+    from weat_nb.records import read_record
     for run in filter(finished, runs):
         for file in run.folder.glob('*/record.json'):
-            record = json.loads(file.read_text(encoding='utf-8'))
+            record = read_record(file)
             # all checkpoints of a sweep have the same name
             record['model']['name'] = run.folder.name
             write_text(folder/f'{run.folder.name}.json', json.dumps(record, indent=1) + '\n')
@@ -301,6 +308,7 @@ def rebuild_page(
     "Run a notebook again and keep its outputs, in place; one that fails stays as it was"
     from nbclient import NotebookClient
     import nbformat
+    page = as_path(page)
     nb = nbformat.read(page, as_version=4)
     NotebookClient(nb, timeout=None, record_timing=False,
                    resources={'metadata': {'path': str(page.parent)}}).execute()
@@ -317,8 +325,8 @@ def _parser()->argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='weat-sweep',
         description='Run a grid of notebooks; runs that are finished are skipped')
-    parser.add_argument('grid', type=Path, help='YAML file with notebook, parameters and grid')
-    parser.add_argument('--out', type=Path,
+    parser.add_argument('grid', type=as_path, help='YAML file with notebook, parameters and grid')
+    parser.add_argument('--out', type=as_path,
                         help='folder of the sweep (runs/ and the name of the grid)')
     parser.add_argument('--jobs', type=int,
                         help='runs at once (1; with --slurm as many as it allows)')
@@ -336,13 +344,10 @@ def _check_command(args:argparse.Namespace)->dict[str, Any]:
                if importlib.util.find_spec(m) is None]
     if missing:
         raise ValueError(f"weat-sweep needs {', '.join(missing)}: pip install 'weat_nb[sweep]'")
-    if args.jobs is not None and args.jobs < 1:
-        raise ValueError(f'--jobs {args.jobs} is not allowed: at least 1')
+    if args.jobs is not None: check_count('--jobs', args.jobs)
     pairs = [option.partition('=') for option in args.slurm or []]
     for key, equals, _ in pairs:
-        if not equals:
-            raise ValueError(f'--slurm {key} is not allowed: write KEY=VALUE, '
-                             'for example partition=gpu')
+        if not equals: refuse('--slurm', key, 'KEY=VALUE, for example partition=gpu')
     return {k: int(v) if v.isdigit() else v for k, _, v in pairs}
 
 # %% ../nbs/parts/sweep.ipynb #8f8fab49

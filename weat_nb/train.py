@@ -13,6 +13,7 @@ __all__ = ['PROTOCOLS', 'BETAS', 'from_protocol', 'TrainConfig', 'measure_energi
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .attacks import pgd, starting_point
+from .checks import as_path, check_count, check_number, height_width
 from .checkpoints import (CheckpointError, file_sha256, load_checkpoint, load_tensors, pack,
                                  save_checkpoint, save_tensors, unpack)
 from .data import (DATASETS, OWN_DATA, DatasetSpec, ImageData, augment, batches,
@@ -39,14 +41,14 @@ from .data import (DATASETS, OWN_DATA, DatasetSpec, ImageData, augment, batches,
 from .distributed import (all_mean, barrier, check_launch, is_main, launch, my_share,
                                  rank, synchronise_batchnorm, world_size)
 from .energy import delta_energy, energy_weight, joint_energy, marginal_energy
-from .guards import eval_mode, kept_rng
+from .guards import defaults, device_of, eval_mode, kept_rng
 from .losses import OBJECTIVES, WEIGHTS, Objective, get_objective, with_weights
 from .models import ARCHS, OWN_ARCH, create_model, is_own_arch
 from .own import is_address, load_own, own_content
 from .params import check_params, identity_of, param, resolve_device
 from .recipes import Training, one_cycle, one_cycle_both, update_batchnorm, weight_average
 from .runs import (Progress, best_row, differences, lock_run, open_run, read_lines,
-                          write_lines)
+                          reading, write_lines)
 from .step import (FrozenCopy, StepConfig, TrainStep, check_compiler, exact_float32,
                           forward_cost, forward_passes)
 
@@ -77,7 +79,9 @@ def from_protocol(
         raise ValueError(f'the data set {dataset!r} has {"an incomplete" if row else "no"} '
                          f'protocol: give {names}{radii}, or add a row to PROTOCOLS, '
                          f'which has {", ".join(PROTOCOLS)}')
-    return {name: row[name] if value is None else value for name, value in given.items()}
+    found = {name: row[name] if value is None else value for name, value in given.items()}
+    return {name: check_number(name, value, above=0, high=1) if name in ('eps', 'step_size')
+            else value for name, value in found.items()}
 
 # %% ../nbs/04_train_weat.ipynb #22909f74
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class TrainConfig:
     precision:str = param(str, 'arithmetic of training', choices=('float32', 'bf16'))
     compile:bool = param(bool, 'compile the network that is attacked', default=False)
     root:str|None = param(str, 'folder of the data sets', path='new folder')
-    aux_data:str|None = param(str, '.npz of synthesised images')
+    aux_data:str|None = param(str, '.npz of synthesised images', path='file')
     aux_fraction:float = param(float, 'share of each batch drawn from aux_data', default=0.,
                                low=0, high=.95)
     num_train:int|None = param(int, 'training images to use', low=2) # None: all
@@ -139,9 +143,6 @@ class TrainConfig:
         if self.aux_fraction and not self.aux_data:
             raise ValueError(f'aux_fraction = {self.aux_fraction:g} needs aux_data, '
                              'an .npz file of synthesised images')
-        if self.aux_data: object.__setattr__(self, 'aux_data', os.path.expanduser(self.aux_data))
-        if self.aux_data and not Path(self.aux_data).is_file():
-            raise FileNotFoundError(f'aux_data = {self.aux_data!r}: there is no such file')
         object.__setattr__(self, 'device', resolve_device(self.device))
         if self.compile: check_compiler(self.device)
         bf16 = self.device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -232,7 +233,7 @@ def measure_energies(
     # joint_adv, delta
 )->dict[str, Tensor]:
     "Correctness and energies of natural images and of their PGD versions"
-    device, found, part = next(model.parameters()).device, [], batch_size
+    device, found, part = device_of(model), [], batch_size
     generator, frozen = torch.Generator(device).manual_seed(seed), FrozenCopy(model)
 
     def measure(x:Tensor, y:Tensor, start:Tensor)->dict[str, Tensor]:
@@ -290,18 +291,16 @@ def training_data(
                              f'{config.dataset} have {tuple(train.images.shape[1:])}')
         if config.num_val == len(synthesised) and not config.aux_fraction: held_out = synthesised
         else: aux, held_out = split_holdout(synthesised, config.num_val, config.seed)
-    elif config.num_val >= len(train):
-        raise ValueError(f'num_val = {config.num_val} is not allowed: '
-                         f'there are {len(train)} images to hold some out of')
-    else: train, held_out = split_holdout(train, config.num_val, config.seed)
-    if config.num_train is not None and config.num_train > len(train):
-        raise ValueError(f'num_train = {config.num_train} is not allowed: '
-                         f'there are {len(train)} training images')
-    if config.num_train is not None and config.num_train < len(train):
-        train = split_holdout(train, config.num_train, config.seed)[1]
-    if len(train) < config.batch_size:
-        raise ValueError(f'batch_size = {config.batch_size} is not allowed: '
-                         f'there are only {len(train)} training images')
+    else:
+        check_count('num_val', config.num_val, high=len(train) - 1,
+                    hint=f'; there are {len(train)} images to hold some out of')
+        train, held_out = split_holdout(train, config.num_val, config.seed)
+    there = '; there are so many training images'
+    if config.num_train is not None:
+        check_count('num_train', config.num_train, high=len(train), hint=there)
+        if config.num_train < len(train):
+            train = split_holdout(train, config.num_train, config.seed)[1]
+    check_count('batch_size', config.batch_size, high=len(train), hint=there)
     return train, held_out, aux if config.aux_fraction else None
 
 def epoch_size(
@@ -345,7 +344,7 @@ def snapshot_file(
     epoch:int, # passes over the training images so far; 0: before training
 )->Path: # a safetensors file
     "Where `fit` keeps the energies of an epoch"
-    return Path(run_dir)/'snapshots'/f'epoch_{epoch:03d}.safetensors'
+    return as_path(run_dir)/'snapshots'/f'epoch_{epoch:03d}.safetensors'
 
 def snapshot_indices(
     num_train:int, # training images of the run
@@ -353,8 +352,8 @@ def snapshot_indices(
     seed:int, # of the run
 )->Tensor: # (num_images,) int64, ascending, positions among the training images
     "The training images whose energies are followed"
-    return torch.randperm(num_train, generator=torch.Generator().manual_seed(seed)
-                          )[:num_images].sort().values
+    return torch.randperm(num_train, generator=torch.Generator().manual_seed(seed),
+                          device='cpu')[:num_images].sort().values
 
 def _take_snapshot(run:Path, model:nn.Module, epoch:int, train:ImageData, chosen:Tensor,
                    config:TrainConfig)->None:
@@ -535,6 +534,7 @@ class TrainResult:
     model:nn.Module # the selected model, in eval mode
     taken_up:int # epochs that an earlier call had already trained
 
+@defaults(torch.float32, 'cpu') # as they are in the processes of a run with several
 def fit(
     config:TrainConfig, # what to train
     run_dir:str|Path, # where to keep it
@@ -563,9 +563,7 @@ def fit(
     if wrong := [e for e in snapshots if not 0 <= e <= config.epochs]:
         raise ValueError(f'snapshots = {snapshots} is not allowed: there is no epoch {wrong[0]}, '
                          f'they go from 0 (before training) to {config.epochs}')
-    if snapshot_images < 1:
-        raise ValueError(f'snapshot_images = {snapshot_images} is not allowed: '
-                         'it must be at least 1')
+    snapshot_images = check_count('snapshot_images', snapshot_images)
     data = training_data(config) # before the folder is made: wrong data leave no trace
     updates, _ = epoch_size(config, len(data[0]), processes)
     # what comes from files of one's own is tried once, for the same reason
@@ -573,7 +571,8 @@ def fit(
         model = _new_model(config, data[0]).to(config.device)
         if config.sync_batchnorm and processes > 1: synchronise_batchnorm(model)
         _try(make_training(model, config), config.epochs*updates)
-    run = Path(run_dir).resolve()
+    run_dir = as_path(run_dir)
+    run = run_dir.resolve()
     with lock_run(run) if node_rank == 0 else nullcontext():
         if node_rank == 0:
             # a folder in which no epoch has ended holds no run yet
@@ -594,7 +593,7 @@ def fit(
         history = read_lines(run/'metrics.jsonl')
         model, _ = load_checkpoint(run/'best.safetensors', device=config.device,
                                    arch=config.arch if is_own_arch(config.arch) else None)
-    return TrainResult(Path(run_dir), history, best_row(history, _selects(config))['epoch'],
+    return TrainResult(run_dir, history, best_row(history, _selects(config))['epoch'],
                        model, taken_up)
 
 def _selects(config:TrainConfig)->str|None:
@@ -621,13 +620,15 @@ _STATE, _PREVIOUS = 'state.safetensors', 'state.previous.safetensors'
 def _read_state(run:Path, device:str|torch.device = 'cpu')->tuple[dict[str, Any], list[dict]]:
     "State of training and best weights, by name, and history after the last whole epoch"
     tensors, metadata = load_tensors(run/_STATE, device=device)
-    if 'state' in metadata: return unpack(tensors, metadata['state']), metadata['history']
-    # of a run begun when SGD's momentum was all that was kept beside the weights
-    groups:dict[str, Any] = dict(model={}, momentum={}, best={})
-    for name, t in tensors.items():
-        group, _, rest = name.partition('.')
-        groups[group][rest] = t
-    return groups, metadata['history']
+    with reading(run/_STATE, 'is no state of a run', 'it is another file of that name',
+                 LookupError, error=CheckpointError):
+        if 'state' in metadata: return unpack(tensors, metadata['state']), metadata['history']
+        # of a run begun when SGD's momentum was all that was kept beside the weights
+        groups:dict[str, Any] = dict(model={}, momentum={}, best={})
+        for name, t in tensors.items():
+            group, _, rest = name.partition('.')
+            groups[group][rest] = t
+        return groups, metadata['history']
 
 def _mend_state(run:Path)->int:
     "Put the previous state in the place of one damaged or gone; the number of epochs done"
@@ -636,15 +637,17 @@ def _mend_state(run:Path)->int:
         return (len(_read_state(run)[1])
                 if state.exists() or previous.exists() or read_lines(run/'metrics.jsonl') else 0)
     except (CheckpointError, FileNotFoundError) as e: wrong = e
-    try: tensors, metadata = load_tensors(previous)
-    except (CheckpointError, FileNotFoundError):
+    try:
+        tensors, metadata = load_tensors(previous)
+        done = len(metadata['history'])
+    except (CheckpointError, FileNotFoundError, KeyError):
         raise CheckpointError(f'{wrong}; no state of an earlier epoch is left: '
                               'restore the file, or name another run_dir') from wrong
-    warnings.warn(f"{wrong}. The run goes on after epoch {len(metadata['history'])}, "
-                  f"from {previous.name}", stacklevel=3)
+    warnings.warn(f'{wrong}. The run goes on after epoch {done}, from {previous.name}',
+                  stacklevel=3)
     if state.exists(): os.replace(state, run/'state.damaged.safetensors')
     save_tensors(state, tensors, metadata)
-    return len(metadata['history'])
+    return done
 
 def _keep_previous(run:Path)->None:
     "Give the state about to be replaced a second name; `state.safetensors` is there all the time"
@@ -781,4 +784,4 @@ def training_cost(
     return dict(passes=passes, updates=updates*config.epochs,
                 flop=flop*config.epochs*images*passes + measuring, measuring=measuring,
                 memory=parameters*(4*4 + 4*bool(config.average) + 4 + size) + activations
-                       + spec.n_train*spec.in_channels*spec.image_size**2)
+                       + spec.n_train*spec.in_channels*math.prod(height_width(spec.image_size)))
