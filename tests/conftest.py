@@ -1,7 +1,10 @@
 "What several test files read, made once for all of pytest's processes"
+import ipaddress
 import json
 import os
 import shutil
+import socket
+from functools import partial
 from pathlib import Path
 
 # before torch is imported: threads beyond the cores wait for one another
@@ -11,6 +14,53 @@ if workers := os.environ.get('PYTEST_XDIST_WORKER_COUNT'):
 import pytest
 from filelock import FileLock
 from preview import prepare
+
+
+NOWHERE = ('127.0.0.1', 9) # where the subprocesses' way out ends: nobody listens there
+
+
+def is_local(host):
+    "This machine by name or number? Another machine's number is stopped where it is connected to"
+    try: return ipaddress.ip_address(str(host).partition('%')[0]).is_loopback
+    except ValueError: return host in (None, '', 'localhost', socket.gethostname())
+
+
+def stay_inside(monkeypatch):
+    "Connections to other machines fail, and with them whatever test makes one; so do their names"
+    def outside(where):
+        pytest.fail(f'a test connects to {where}: tests open no connection to another machine; '
+                    'serve the file on 127.0.0.1, or monkeypatch what fetches it')
+
+    def guard(name):
+        real = getattr(socket.socket, name)
+        def call(self, *args):
+            address = args[-1]
+            if self.family in (socket.AF_INET, socket.AF_INET6) and (
+                    not is_local(address[0]) or address[:2] == NOWHERE): outside(address)
+            return real(self, *args)
+        monkeypatch.setattr(socket.socket, name, call)
+    for name in ('connect', 'connect_ex', 'sendto'): guard(name)
+
+    def lookup(real, host, *args, **options):
+        text = host.decode() if isinstance(host, bytes) else host
+        try: ipaddress.ip_address(str(text).partition('%')[0])
+        except ValueError:
+            if not is_local(text): outside(text)
+        return real(host, *args, **options)
+    for name in ('getaddrinfo', 'gethostbyname', 'gethostbyname_ex'):
+        monkeypatch.setattr(socket, name, partial(lookup, getattr(socket, name)))
+    for name in ('http', 'https', 'ftp', 'all'): # for subprocesses, kernels among them
+        for key in (f'{name}_proxy', f'{name.upper()}_PROXY'):
+            monkeypatch.setenv(key, 'http://{}:{}'.format(*NOWHERE))
+    for key in ('no_proxy', 'NO_PROXY'): monkeypatch.setenv(key, 'localhost,127.0.0.1,::1')
+    for key in ('HF_HUB_OFFLINE', 'PIP_NO_INDEX'): monkeypatch.setenv(key, '1')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def no_connection_outside():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stay_inside(monkeypatch)
+        yield
 
 
 @pytest.fixture(scope='session')

@@ -25,7 +25,8 @@ from conftest import FAULTS
 from torch import nn
 
 from weat_nb import fetch, train
-from weat_nb.checkpoints import CheckpointError, load_checkpoint, load_tensors, save_checkpoint
+from weat_nb.checkpoints import (CheckpointError, load_checkpoint, load_tensors, save_checkpoint,
+                                 save_tensors)
 from weat_nb.data import load_images
 from weat_nb.evaluate import evaluate
 from weat_nb.models import create_model
@@ -49,12 +50,19 @@ def test_the_page_says_what_the_tests_inject():
         assert f'def {name}(' in (here/file).read_text(encoding='utf-8'), (
             f'{r["test"]} is gone: delete its rows from {FAULTS.name}')
     cells = json.loads((here.parent/'nbs/parts/faults.ipynb').read_text(encoding='utf-8'))['cells']
-    shown = [''.join(o['data']['text/markdown']).splitlines()[2:]
+    texts = [''.join(o['data']['text/markdown']).splitlines()
              for c in cells if c['cell_type'] == 'code' for o in c['outputs']]
+    shown = [lines[2:] for lines in texts if lines[0].startswith('| injected')]
     table = Table([dict(fault=r['fault'], times=r['times'], outcome=r['outcome'],
                         test=f"`{r['test'].split('::')[1]}`") for r in rows])
     wanted = table._repr_markdown_().splitlines()[2:]
     assert [line for table in shown for line in table] == wanted, (
+        'run nbdev-test nbs/parts/faults.ipynb --save && nbdev-clean')
+    rows = json.loads((here/'fuzz.json').read_text(encoding='utf-8'))
+    (shown,) = [lines[2:] for lines in texts if lines[0].startswith('| read')]
+    assert [line.split('|')[1].strip().replace('\\', '') for line in shown] == [
+        row['what'] for row in rows.values()] and all(
+        f"{row['refused']:,}" in line for line, row in zip(shown, rows.values())), (
         'run nbdev-test nbs/parts/faults.ipynb --save && nbdev-clean')
 
 
@@ -210,6 +218,44 @@ def test_two_runs_in_one_folder(tmp_path, survived):
     survived('2 disks and folders', 'a second run on one run folder', 1, 'refused')
 
 
+HOLDS = """
+import os, sys, time
+from weat_nb.runs import lock_run
+with lock_run(sys.argv[1]):
+    waits = sys.argv[2] == 'with a child' and os.fork() # the child speaks, once it runs
+    if not waits: print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+@pytest.mark.parametrize('how', ['alone', 'with a child'])
+def test_a_lock_goes_with_its_process(how, tmp_path):
+    "Killed without a chance to release it, and while a process that it forked lives on"
+    holder = subprocess.Popen([sys.executable, '-c', HOLDS, tmp_path, how], text=True,
+                              stdout=subprocess.PIPE)
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(RuntimeError, match='written by another process'):
+            with lock_run(tmp_path): pass
+        holder.kill()
+        holder.wait()
+        if how == 'with a child': os.kill(child, 0) # it is there
+        with lock_run(tmp_path): pass
+    finally:
+        holder.kill()
+        if how == 'with a child': os.kill(child, 9)
+
+
+def test_a_lock_is_taken_and_left(tmp_path):
+    "Twice in one process as well; a fork that goes on without it can take it later"
+    for _ in range(2):
+        with lock_run(tmp_path), pytest.raises(RuntimeError, match='written by another process'):
+            with lock_run(tmp_path): pass
+    (tmp_path/'.lock').unlink(missing_ok=True)
+    with lock_run(tmp_path): pass
+
+
 # 3 Damaged files
 
 def flipped(data, rng):
@@ -271,6 +317,13 @@ def test_damaged_state(stopped, survived):
     with pytest.raises(CheckpointError, match='no state of an earlier epoch'): fit(config, run)
     survived('3 damaged files', 'both states of a run damaged or gone', 2,
              'refused, nothing touched')
+
+
+def test_another_file_in_the_place_of_a_state(stopped):
+    config, run, history = stopped
+    save_tensors(run/'state.safetensors', dict(net=torch.zeros(2)), {})
+    with pytest.warns(UserWarning, match='is no state of a run .*another file of that name'):
+        assert fit(config, run).history == history
 
 
 def test_damaged_config_and_metrics(stopped, survived):
