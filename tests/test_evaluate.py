@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from merged import Merged
 from pyautoattack import AutoAttack
 from safetensors.torch import save_file
 from test_bad_parameters import page
@@ -867,22 +868,6 @@ def test_the_model_is_left_as_it_was_whatever_happens(fails):
     assert [p.requires_grad for p in model.parameters()] == trained
 
 
-class Merged(nn.Linear):
-    "An update of low rank that eval() adds to the weight and train() takes off, as loralib has it"
-    def __init__(self, k=10):
-        super().__init__(72, k)
-        self.a, self.b = nn.Parameter(torch.randn(2, 72)), nn.Parameter(torch.randn(k, 2))
-        self.merged = False
-
-    def train(self, mode=True):
-        super().train(mode)
-        if mode == self.merged: self.weight.data += (-1 if mode else 1)*self.b@self.a
-        self.merged = not mode
-        return self
-
-    def forward(self, x): return super().forward(x) + (0 if self.merged else x@self.a.T@self.b.T)
-
-
 class Fused(nn.Module):
     "A normalisation that eval() moves into the layer behind it, for good"
     def __init__(self):
@@ -901,7 +886,7 @@ class Fused(nn.Module):
     def forward(self, x): return self.linear(self.norm(x))
 
 
-@pytest.mark.parametrize('head', [Merged, Fused])
+@pytest.mark.parametrize('head', [lambda: Merged(72, 10), Fused], ids=['Merged', 'Fused'])
 def test_eval_that_changes_weights(head):
     "Measured is what eval() makes of them; afterwards they are what they were, flags included"
     model = nn.Sequential(*tiny()[:3], head())

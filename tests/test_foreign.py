@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from merged import Merged
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -608,27 +609,11 @@ def test_what_a_run_measures_is_measured_of_any_network(kind, batch):
     assert torch.equal(measured['correct_nat'].bool(), correct)
 
 
-class Merged(nn.Linear):
-    "An update of low rank that eval() adds to the weight and train() takes off, as loralib has it"
-    def __init__(self):
-        super().__init__(4*36, 5)
-        self.a, self.b = nn.Parameter(torch.randn(2, 4*36)), nn.Parameter(torch.randn(5, 2))
-        self.merged = False
-
-    def train(self, mode=True):
-        super().train(mode)
-        if mode == self.merged: self.weight.data += (-1 if mode else 1)*self.b@self.a
-        self.merged = not mode
-        return self
-
-    def forward(self, x): return super().forward(x) + (0 if self.merged else x@self.a.T@self.b.T)
-
-
 @pytest.mark.parametrize('frozen', [False, True])
 def test_layers_that_merge_their_weights_train_on_after_an_attack(frozen, batch):
     "Setting the flag alone would leave them merged, and the update without a gradient"
     x, y = batch
-    model = nn.Sequential(*plain()[:4], Merged()).train()
+    model = nn.Sequential(*plain()[:4], Merged(4*36, 5)).train()
     if frozen: model[1].eval() # a part of it in the other mode stays there
     before, modes = state_of(model), [m.training for m in model.modules()]
     for measure in (lambda: attack('pgd', model, x, y, eps=.1, steps=2),
