@@ -153,6 +153,22 @@ def test_one_image_and_the_last_dimension(data):
     assert found['seeds'].tolist() == [[7, 8, 9]]*2
 
 
+def test_batches_that_do_not_fit(data, tmp_path):
+    "Are halved, and found again; a size that was asked for is not changed in silence"
+    def measure(x, y, seed):
+        if len(x) > 3: raise torch.OutOfMemoryError('out of memory')
+        sizes.append(len(x))
+        return dict(seeds=torch.full((len(x),), seed))
+    for done in ([3, 3, 3, 1], []): # the second finds what the first has kept
+        sizes = []
+        found = over_batches(measure, data[:10], seed=7, folder=tmp_path/'kept')
+        assert sizes == done and found['seeds'].tolist() == [7]*3 + [10]*3 + [13]*3 + [16]
+    with pytest.raises(MemoryError, match='a batch of 4 images .* memory of cpu: .*or None'):
+        over_batches(measure, data[:10], batch_size=4)
+    with pytest.raises(ValueError, match='batch_size = 0'):
+        over_batches(measure, data[:10], batch_size=0)
+
+
 @pytest.mark.parametrize('counts', [(), (2, 1), (1, 1), (-1, 2)])
 def test_wrong_counts(model, data, counts):
     with pytest.raises(ValueError, match='ascending'):

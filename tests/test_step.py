@@ -1,6 +1,7 @@
 "The fast update: equal to the reference, and safe on what it is given"
 import os
 import shutil
+import warnings
 from dataclasses import replace
 from multiprocessing import get_context
 
@@ -8,21 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from weat_nb.attacks import _LOSSES
+from weat_nb.attacks import _LOSSES, ascent_loss
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
 from weat_nb.step import (
-    FrozenCopy, SideBySideConv2d, StepConfig, TrainStep, exact_float32, forward_cost,
+    PRECISIONS, FrozenCopy, SideBySideConv2d, StepConfig, TrainStep, arithmetic, forward_cost,
     forward_passes, reference_step, side_by_side,
 )
 from weat_nb.train import TrainConfig
 
 RADII = dict(eps=8/255, step_size=2/255, steps=3)
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 
 
-def images(n=8, dtype=torch.float32, device='cpu'):
-    g = torch.Generator().manual_seed(0)
+def images(n=8, dtype=torch.float32, device='cpu', seed=0):
+    g = torch.Generator().manual_seed(seed)
     return (torch.rand(n, 3, 32, 32, generator=g).to(device, dtype),
             torch.randint(10, (n,), generator=g).to(device))
 
@@ -248,27 +248,43 @@ def test_graph_needs_cuda():
         TrainStep(create_model('resnet8', 10), 'sat', **RADII, config=StepConfig(graph=True))
 
 
-@needs_cuda
-@pytest.mark.parametrize('objective', ['weat_adv', 'sat'])
+@pytest.mark.cuda
+@pytest.mark.parametrize('objective', OBJECTIVES)
 def test_graph_equals_eager(objective):
-    x, y = images(device='cuda')
-    model = trained('resnet8', device='cuda')
-    attacks = [TrainStep(model, objective, **RADII, config=StepConfig(graph=graph))
-               for graph in (False, True)]
+    """Loss, gradients and statistics for x* = its start, and an attack as strong: x* itself is
+    chaotic, and a graph's kernels need not be those that are chosen without one"""
+    models = [trained('resnet8', device='cuda') for _ in range(2)]
+    def steps(n): return [TrainStep(m, objective, **{**RADII, 'steps': n},
+                                    config=StepConfig(graph=graph))
+                          for m, graph in zip(models, (False, True))]
+    def draw(seed): return dict(generator=torch.Generator('cuda').manual_seed(seed))
+    plain, captured = steps(0)
     for seed in (0, 1): # the second replays what the first captured
-        plain, captured = (step.attack(x, y, torch.Generator('cuda').manual_seed(seed))
-                           for step in attacks)
-        assert torch.allclose(plain, captured, atol=1e-5)
+        x, y = images(device='cuda', seed=seed)
+        losses = [step(x, y, **draw(seed)).clone() for step in (plain, captured)]
+        assert torch.allclose(*losses, rtol=1e-4)
+        for a, b in zip(*(m.parameters() for m in models)):
+            assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+            a.grad = b.grad = None
+        for a, b in zip(*(m.buffers() for m in models)): assert torch.allclose(a, b, rtol=1e-4)
+    if not OBJECTIVES[objective].attack: return
+    model = models[0].eval()
+    for seed in (0, 1):
+        found = [step.attack(x, y, **draw(seed)) for step in steps(10)]
+        with torch.no_grad():
+            gain = ascent_loss(OBJECTIVES[objective].attack, y, clean_logits=model(x))
+            assert torch.allclose(*(gain(model(x_adv)).mean() for x_adv in found), rtol=.05)
 
 
-def precisions(switch):
+def precisions(switch, precision):
     """What convolutions and products are computed in, before, inside and after; in a process of its
     own, since some switches cannot be turned back"""
+    torch.cuda.is_available = lambda: True # without a GPU there is nothing to round to TF32
     def now():
         return [s.fp32_precision for s in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
     exec(switch)
     before = now()
-    with exact_float32(): inside = now()
+    with arithmetic(precision): inside = now()
     return before, inside, now()
 
 
@@ -280,10 +296,21 @@ def precisions(switch):
     "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
     "torch.backends.cudnn.fp32_precision = 'tf32'",
     "torch.backends.cuda.matmul.fp32_precision = 'tf32'"])
-def test_float32_is_float32_whatever_the_caller_switched(switch):
+@pytest.mark.parametrize('precision, allowed', [('float32', {'ieee', 'none'}), ('tf32', {'tf32'}),
+                                                ('bf16', {'tf32'})])
+def test_arithmetic_is_what_is_said_whatever_the_caller_switched(switch, precision, allowed):
     with get_context('fork').Pool(1) as pool:
-        before, inside, after = pool.apply(precisions, (switch,))
-    assert set(inside) <= {'ieee', 'none'} and after == before
+        before, inside, after = pool.apply(precisions, (switch, precision))
+    assert set(inside) <= allowed and after == before
+
+
+def test_arithmetic_has_a_name():
+    with pytest.raises(ValueError, match="precision = 'fp32' is not allowed.*float32, tf32, bf16"):
+        with arithmetic('fp32'): pass
+    with pytest.raises(ValueError, match="precision = 'half'"): StepConfig.choose('cpu', 'half')
+    assert [StepConfig.choose('cuda', p).precision for p in PRECISIONS] == list(PRECISIONS)
+    before = torch.get_float32_matmul_precision()
+    with arithmetic('tf32'): assert torch.get_float32_matmul_precision() == before # on a CPU
 
 
 @pytest.mark.slow
@@ -340,13 +367,118 @@ def test_first_step_in_bf16_has_the_logits_of_float32():
     "Their gradient is that of the bf16 copy"
     x, y = images()
     step = TrainStep(trained('resnet8'), 'weat_adv', **RADII,
-                     config=StepConfig(channels_last=True, bf16=True))
+                     config=StepConfig(channels_last=True, bf16=True, first_step='float32'))
     z = x.clone().requires_grad_()
     logits, fast = step._exact_logits(z), step.fast(z)
     with torch.no_grad():
         assert (torch.allclose(logits, step.exact(x), atol=1e-6)
                 and not torch.allclose(fast, step.exact(x), atol=1e-3))
     assert torch.equal(*(torch.autograd.grad(out[:, 0].sum(), z)[0] for out in (logits, fast)))
+
+
+def test_linear_change_is_the_jacobian_product():
+    "In float64 to that of a difference; bf16 keeps most of it, where a difference is all rounding"
+    x, _ = images(dtype=torch.float64)
+    model = trained('resnet8', torch.float64).eval()
+    direction = 1e-3*torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    with torch.no_grad():
+        logits, change = FrozenCopy(model).with_change(x, direction)
+        assert torch.allclose(logits, model(x), atol=1e-10)
+        tiny = 1e-6*direction
+        assert torch.allclose(change, (model(x + tiny) - model(x - tiny))/2e-6, rtol=1e-4,
+                              atol=1e-8)
+        fast = FrozenCopy(model, torch.bfloat16)
+        error = lambda found: ((found.double() - change).norm()/change.norm()).item()
+        assert error(fast.with_change(x, direction)[1]) < .25
+        assert error(fast(x + direction) - fast(x)) > 1
+
+
+@pytest.mark.parametrize('method, first', [('weat_adv', 'jvp'), ('trades', 'jvp'), ('sat', 'bf16')])
+def test_first_step_in_bf16_goes_where_float64_goes(method, first):
+    "What a KL attack loses when its first step is rounded to bf16 is the sign of half the pixels"
+    x, y = images()
+    model, truth = trained('resnet8'), trained('resnet8', torch.float64)
+    one = dict(eps=8/255, step_size=2/255, steps=1)
+    start = TrainStep(truth, method, **one)._begin(x.double(), y, torch.Generator().manual_seed(0),
+                                                   None)
+    wanted = TrainStep(truth, method, **one).attack(x.double(), y, start=start) - start
+    def agreement(how):
+        step = TrainStep(model, method, **one, config=StepConfig(bf16=True, first_step=how))
+        assert step.first == how if OBJECTIVES[method].attack == 'kl' else step.first == 'bf16'
+        moved = step.attack(x, y, start=start.float()) - start
+        return ((moved.sign() == wanted.sign()).double().mean().item())
+    assert StepConfig(bf16=True).first_step == 'jvp'
+    if first == 'jvp': assert agreement('bf16') < .7
+    assert agreement('jvp') > .9 and agreement('float32') > .9
+
+
+class Turned(torch.autograd.Function):
+    "The weights of a 1 x 1 convolution, whose gradient comes in the strides of the other layout"
+    @staticmethod
+    def forward(ctx, w):
+        n = w.shape[1]
+        ctx.other = (n, 1, n, n) if w.stride() == (n, 1, 1, 1) else (n, 1, 1, 1)
+        return w.clone()
+
+    @staticmethod
+    def backward(ctx, g): return torch.empty_strided(g.shape, ctx.other).copy_(g)
+
+
+class TurnedConv(nn.Conv2d):
+    def forward(self, x): return nn.functional.conv2d(x, Turned.apply(self.weight), self.bias)
+
+
+@pytest.mark.parametrize('strides', [(3, 1, 1, 1), (3, 1, 3, 3)])
+def test_gradients_are_laid_out_as_their_parameters(strides):
+    "A fused optimiser refuses others, though a dimension of one element has no stride to speak of"
+    x, y = images()
+    model = nn.Sequential(TurnedConv(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(8, 10)).to(memory_format=torch.channels_last)
+    step = TrainStep(model, 'sat', **RADII, config=StepConfig(channels_last=True))
+    model[0].weight.data = torch.empty_strided((8, 3, 1, 1), strides).copy_(model[0].weight.data)
+    for _ in range(2): # the second adds to the first
+        step(x, y)
+        assert [p.grad.stride() for p in model.parameters()] == [
+            p.stride() for p in model.parameters()]
+
+
+class NoForward(torch.autograd.Function):
+    "A layer without a forward-mode derivative"
+    @staticmethod
+    def forward(ctx, x): return 2*x
+
+    @staticmethod
+    def backward(ctx, gradient): return 2*gradient
+
+
+class Doubles(nn.Module):
+    def forward(self, x): return NoForward.apply(x)
+
+
+def test_a_layer_without_forward_mode_is_said():
+    "The first step is then that of float32, bit for bit"
+    x, y = images()
+    found = []
+    for how in ('jvp', 'float32'):
+        step = TrainStep(nn.Sequential(Doubles(), trained('resnet8')), 'weat_adv', **RADII,
+                         config=StepConfig(bf16=True, first_step=how))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            for _ in range(2): found.append(step.attack(x, y, torch.Generator().manual_seed(0)))
+        told = [str(w.message) for w in caught if 'no forward-mode derivative' in str(w.message)]
+        assert len(told) == (how == 'jvp') and step.first == 'float32'
+    assert all(torch.equal(found[0], x_adv) for x_adv in found)
+
+
+def test_far_start_is_not_linearised(monkeypatch):
+    "A KL attack that begins anywhere in the ball: the logits of its start are no linear change"
+    monkeypatch.setitem(OBJECTIVES, 'far', replace(OBJECTIVES['trades'], name='far',
+                                                   start='uniform'))
+    step = TrainStep(trained('resnet8'), 'far', **RADII, config=StepConfig(bf16=True))
+    assert step.first == 'float32' and step.exact is not None
+    assert TrainStep(trained('resnet8'), 'trades', **RADII).first == 'bf16' # nothing is rounded
+    with pytest.raises(ValueError, match="first_step = 'exact' is not allowed.*jvp, float32"):
+        StepConfig(first_step='exact')
 
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')

@@ -102,14 +102,17 @@ def over_batches(
     data:ImageData, # N images, on the device of the model
     *,
     seed:int = 0, # of the first batch
-    batch_size:int = 50, # images at a time
+    batch_size:int|None = None, # images at a time; None: 50, and on CUDA up to 500
     folder:Path|None = None, # where the batches are kept; None: nowhere
     settings:dict[str, Any]|None = None, # what a kept batch must have been measured with
     progress:Progress|None = None, # steps by the images of a batch
 )->dict[str, Tensor]: # last dimension N, on the CPU
     "Measure batch by batch, taking up what an earlier call has kept"
-    found, start = [], 0
-    for x, y in batches(data, batch_size):
+    device, found, start = data.images.device, [], 0
+    if batch_size is not None: batch_size = check_count('batch_size', batch_size)
+    size = batch_size or (500 if device.type == 'cuda' else 50)
+    while start < len(data):
+        x, y = next(batches(data[start:start + size], size))
         path, own = (folder and folder/f'{start:05d}-{len(x):03d}.safetensors',
                      {**(settings or {}), 'images': _digest(dict(x=x, y=y))})
         if path and path.exists():
@@ -118,8 +121,16 @@ def over_batches(
                 raise ValueError(f'{path} was measured with other settings ({other}): '
                                  'name another run_dir')
         else:
-            with exact_float32():
-                tensors = {k: v.cpu() for k, v in measure(x, y, seed + start).items()}
+            try:
+                with exact_float32():
+                    tensors = {k: v.cpu() for k, v in measure(x, y, seed + start).items()}
+            except torch.OutOfMemoryError as e:
+                if batch_size or size == 1:
+                    raise MemoryError(f'a batch of {size} images does not fit into the memory of '
+                                      f'{device}: give a smaller batch_size, or None to have it '
+                                      'found') from e
+                size = -(-min(size, len(x))//2)
+                continue
             if path: save_tensors(path, tensors, own)
         found.append(tensors)
         start += len(x)
@@ -133,7 +144,7 @@ def attack_energies(
     *,
     eps:float, # radius of the l-inf ball, pixels in [0, 1]
     seed:int = 0, # of the attack
-    batch_size:int = 50, # images at a time
+    batch_size:int|None = None, # images at a time; None: 50, and on CUDA up to 500
     folder:Path|None = None, # where the batches are kept; None: nowhere
     progress:Progress|None = None, # steps by the images of a batch
     **options:Any, # further arguments of the attack
@@ -156,7 +167,7 @@ def steps_energies(
     eps:float, # radius of the l-inf ball, pixels in [0, 1]
     step_size:float, # attack step, pixels in [0, 1]
     seed:int = 0, # of the attack's targets and start
-    batch_size:int = 50, # images at a time
+    batch_size:int|None = None, # images at a time; None: 50, and on CUDA up to 500
     folder:Path|None = None, # where the batches are kept; None: nowhere
     progress:Progress|None = None, # steps by the images of a batch
 )->dict[str, Tensor]: # (S, N) each: what `steps_record` says

@@ -143,7 +143,7 @@ def feature_measures(
     network:nn.Module|Callable[[Tensor], tuple[Tensor, Tensor]],
     name:str, # of the network, for the table
     *,
-    batch_size:int = 250, # images at a time
+    batch_size:int|None = None, # images at a time; None: 250, and on CUDA 500
 )->dict[str, Any]: # FID, KID, IS, and what they were measured with
     "The formulas of FID, KID and IS on one's own network: not comparable with published values"
     f, z = extract_features(images, network, batch_size=batch_size)
@@ -181,10 +181,11 @@ def extract_features(
     # (features, logits)
     network:nn.Module|Callable[[Tensor], tuple[Tensor, Tensor]],
     *,
-    batch_size:int = 250, # images at a time
+    batch_size:int|None = None, # images at a time; None: 250, and on CUDA 500
 )->tuple[Tensor, Tensor]: # features (N, D) and logits (N, K), on the CPU
     "What a network's last layer sees, and what it says; images are rounded to bytes first"
     device = device_of(network)
+    if batch_size is None: batch_size = 500 if device.type == 'cuda' else 250
     look = partial(_before_last, network) if isinstance(network, nn.Module) else network
     with eval_mode(network):
         found = [[t.float().cpu() for t in look(to_float(part).to(device))]
