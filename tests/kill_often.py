@@ -26,11 +26,12 @@ tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0 # no thread that might hold the lock at the moment of a fork
 torch.set_num_threads(1) # before a fork: the threads of a pool would not live in the child
 
-from weat_nb import evaluate, pretrained, runs, train
+from weat_nb import evaluate, pretrained, runs, state, train
 from weat_nb.data import load_dataset
 
 train.load_dataset = lru_cache(load_dataset) # fifty processes need not unpack it fifty times,
 train.measure_energies = partial(train.measure_energies, steps=1) # nor attack well
+state.STATE_EVERY = 0. # a state after every update, so that processes of six updates come on
 CONFIG = train.TrainConfig(num_train=8, num_val=2, attack_steps=1, batch_size=4, epochs=60,
                            precision='float32', device='cpu')
 

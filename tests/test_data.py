@@ -39,8 +39,7 @@ def no_waiting(monkeypatch): # between two tries
     monkeypatch.setattr(fetch.download, '__defaults__', (*fetch.download.__defaults__[:-1], .001))
 
 
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-DEVICES = ['cpu', pytest.param('cuda', marks=NO_CUDA)]
+DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)]
 md5 = fetch.md5sum
 
 

@@ -32,7 +32,7 @@ from weat_nb.evaluate import (
 )
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
-from weat_nb.pretrained import load_pretrained
+from weat_nb.pretrained import load_pretrained, pretrained_note, publish_model
 from weat_nb.records import (
     _OBJECTIVES, PAPER_RESULTS, measured_table, not_run_yet, paper_numbers, paper_table,
     read_records, record_rows, standard_error,
@@ -328,6 +328,27 @@ def test_only_what_was_measured_stands_beside_the_paper():
             'PGD-20, ours': '50.0', 'AutoAttack, paper': 'not known',
             'AutoAttack, ours': 'not run yet', 'epochs, ours': 100, 'seeds, ours': 1,
             'settings, ours': f'beta = {beta}'}
+
+
+def test_a_run_that_was_stopped_says_how_many_epochs_were_run(own, tmp_path):
+    """Of its checkpoint, of a published one and in the tables, where it stands behind a longer
+    run"""
+    note = dict(objective='sat', dataset='fashion_mini', epochs=200)
+    far = dict(by='budget', epochs=3, of=200, updates=5)
+    save_checkpoint(tmp_path/'run/best.safetensors', own, metadata=dict(
+        epoch=2, config=note, version='1', stopped=far))
+    publish_model(tmp_path/'run', 'net', tmp_path/'checkpoints', arch='my_net.py:make')
+    assert pretrained_note('net', tmp_path/'checkpoints')[1]['stopped'] == far
+    for name in (tmp_path/'run/best.safetensors', 'net'):
+        _, about, data = load_model(name, arch='my_net.py:make', root=tmp_path/'checkpoints')
+        assert about['epoch'] == 2 and about['training'] == note | dict(epochs_run=3)
+    found = evaluate(own, load_dataset(data, 'test')[:4], ('clean',), about=about,
+                     show=False).record
+    assert [row['epochs'] for row in measured_table([found])] == ['3 of 200']
+    mine = [record_of(dict(objective='sat', epochs=200, epochs_run=3)),
+            record_of(dict(objective='sat', epochs=30))]
+    assert [row['epochs, ours'] for row in paper_table(mine)] == [30]
+    assert [row['epochs, ours'] for row in paper_table(mine[:1])] == ['3 of 200']
 
 
 def test_the_runs_that_are_missing_are_a_sentence():
@@ -712,7 +733,7 @@ def test_results_page_shows_the_records(tmp_path):
     assert measured == measured_table(records)._repr_markdown_()
     missing, *paper = between[between.index(paper_numbers()._repr_markdown_()) + 1:]
     ours = paper_table(records)
-    assert missing == not_run_yet(ours)
+    assert missing == not_run_yet([row for row in ours if row['epochs, ours'] == 100])
     assert (paper == ([ours._repr_markdown_()] if ours else [])
             and len(listed.splitlines()) == len(records) + 2)
 

@@ -24,7 +24,7 @@ import torch
 from conftest import FAULTS
 from torch import nn
 
-from weat_nb import fetch, train
+from weat_nb import fetch, state, train
 from weat_nb.checkpoints import (CheckpointError, load_checkpoint, load_tensors, save_checkpoint,
                                  save_tensors)
 from weat_nb.data import load_images
@@ -155,7 +155,7 @@ def small_disk(path, options):
 def test_a_full_disk_keeps_the_last_state(tmp_path, survived):
     config, filler = TrainConfig(epochs=3, **TINY), []
     with small_disk(tmp_path/'disk', 'size=4m') as disk:
-        real = train.write_lines
+        real = state.write_lines
 
         def fill(path, rows): # after the first epoch's state there is no room for another
             real(path, rows)
@@ -164,7 +164,7 @@ def test_a_full_disk_keeps_the_last_state(tmp_path, survived):
                 filler.append((disk/'others').write_bytes(
                     bytes(free.f_bavail*free.f_bsize - 200_000)))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, 'write_lines', fill)
+            patch.setattr(state, 'write_lines', fill)
             with pytest.raises(OSError, match='state.safetensors') as e: fit(config, disk/'run')
         assert (e.value.errno == errno.ENOSPC
                 and 'free some space' in str(e.value) and 'intact' in str(e.value))

@@ -172,7 +172,7 @@ def test_seed_fixes_the_weights_and_spares_the_global_generator():
     assert not torch.equal(c.conv1.weight, d.conv1.weight)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_seed_spares_the_gpu_generator():
     torch.cuda.manual_seed_all(5)
     state = torch.cuda.get_rng_state()

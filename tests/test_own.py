@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-import weat_nb.train as train
+from weat_nb import state
 from weat_nb.checkpoints import CheckpointError, load_checkpoint, load_tensors, save_checkpoint
 from weat_nb.data import (
     DATASETS, dataset_identity, dataset_spec, is_own_dataset, load_dataset,
@@ -626,11 +626,11 @@ def test_a_network_with_dropout(here, monkeypatch):
     (here/'drop.py').write_text(NET.replace('nn.Flatten(),', 'nn.Flatten(), nn.Dropout(.5),'))
     config, done = given(arch='drop.py:make', epochs=2), []
     whole = fit(config, 'whole')
-    def stop(*args, commit=train._commit):
+    def stop(*args, commit=state._commit):
         if done: raise KeyboardInterrupt
         done.append(commit(*args))
     with monkeypatch.context() as patch:
-        patch.setattr(train, '_commit', stop)
+        patch.setattr(state, '_commit', stop)
         with pytest.raises(KeyboardInterrupt): fit(config, 'run')
     for run in ('run', 'again'): # resumed, and from the beginning
         assert same(weights(fit(config, run).model), weights(whole.model))

@@ -86,7 +86,8 @@ def forms(rule, value):
     "Other ways to write a good value of a parameter; papermill gives strings with -r"
     if value is None:
         yield 'None'
-    elif rule['kind'] in (int, float): yield from number_forms(value)
+    elif rule['kind'] in (int, float) and not isinstance(value, str):
+        yield from number_forms(value) # a word beside them is written as others are
     elif rule['kind'] is bool:
         yield from (str(value), str(value).lower(), np.bool_(value), torch.tensor(value))
     else:

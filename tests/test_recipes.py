@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import weat_nb.train as train
+from weat_nb import state, train
 from weat_nb.attacks import starting_point
 from weat_nb.checkpoints import load_checkpoint, load_tensors, pack, save_tensors
 from weat_nb.distributed import all_mean, launch, my_share, synchronise_batchnorm, world_size
@@ -494,13 +494,13 @@ def as_it_was(run):
 @pytest.fixture(scope='module')
 def earlier(tmp_path_factory):
     "A folder of two runs of the format before: whole and, stopped in its second epoch, half"
-    folder, commit, done = tmp_path_factory.mktemp('earlier'), train._commit, []
+    folder, commit, done = tmp_path_factory.mktemp('earlier'), state._commit, []
     def stop(*args):
         if done: raise KeyboardInterrupt
         done.append(commit(*args))
     fit(TrainConfig(**TINY), folder/'whole')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, '_commit', stop)
+        patch.setattr(state, '_commit', stop)
         with pytest.raises(KeyboardInterrupt): fit(TrainConfig(**TINY), folder/'half')
     for run in ('whole', 'half'): as_it_was(folder/run)
     return folder

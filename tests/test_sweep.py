@@ -4,6 +4,7 @@ import csv
 import getpass
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from weat_nb.checkpoints import save_tensors
-from weat_nb.grid import read_grid
-from weat_nb.sweep import main, scores, share, summarise_sweep
+from weat_nb.grid import place, read_grid
+from weat_nb.sweep import (_prepare, execute, failure, main, scores, share, summarise_sweep)
 
 pytest.importorskip('yaml')
 TOY = """import json, os, time
@@ -39,6 +40,21 @@ record['results'] = [r | dict(num_images=7, accuracy=0., standard_error=0.)
                      for r in record['results'][:2]]
 Path(run_dir).mkdir(parents=True, exist_ok=True)
 (Path(run_dir)/'record.json').write_text(json.dumps(record))"""
+
+
+LONG = """import json, os, time
+from pathlib import Path
+from weat_nb.budget import Stopped, stop_on_signal
+folder = Path(run_dir)
+folder.mkdir(parents=True, exist_ok=True)
+(folder/'config.json').write_text('{"epochs": 5}')
+with stop_on_signal() as stop:
+    (folder/'pid').write_text(f'{os.getpid()}')
+    while not (stop.asked or (folder.parent/'again').exists() or value == 3):
+        (folder/'state').write_text('half')
+        time.sleep(1.5)
+        (folder/'state').write_text('whole')
+if stop.asked: raise Stopped('stopped', stop.asked)"""
 
 
 def notebook(path, parameters, source):
@@ -106,7 +122,10 @@ def test_wrong_commands(sweep, capsys):
     good = sweep('grid: {value: [1]}')
     for arguments, message in [
             (['none.yaml'], 'a file that is there'), ([good, '--jobs', '0'], 'at least 1'),
-            ([good, '--slurm', 'gpu'], 'KEY=VALUE')]:
+            ([good, '--slurm', 'gpu'], 'KEY=VALUE'),
+            ([good, '--budget', 'soon'], "--budget = 'soon' is not allowed: it must be a time"),
+            ([good, '--budget=-5m'], 'a time above 0'),
+            ([good, '--budget', '2h', '--slurm', 'time=60'], 'left out with --slurm: there time')]:
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
     assert not Path('runs').exists()
@@ -251,6 +270,118 @@ def test_a_stopped_sweep_leaves_no_process_and_goes_on(sweep):
     assert main([grid, '--jobs', '2']) == 0 and [row['state'] for row in table()] == ['finished']*2
 
 
+# a run without a kernel, of nine epochs; that of value 2 waits after its third to be told to stop
+QUICK = """import json, signal, sys, time
+from pathlib import Path
+folder, asked = Path(sys.argv[1]), []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+run, job = folder/'toy', json.loads((folder/'job.json').read_text())
+run.mkdir(exist_ok=True)
+(run/'config.json').write_text('{"epochs": 9}')
+did = len((run/'metrics.jsonl').read_text().splitlines()) if (run/'metrics.jsonl').exists() else 0
+waits = job['stages'][0]['parameters']['value'] == 2 and not did
+while not asked and did < 9:
+    did += 1
+    with open(run/'metrics.jsonl', 'a') as file: file.write('{"epoch": 1, "clean": 5, "pgd": 1}\\n')
+    if waits and did == 3:
+        (run/'waits').touch()
+        while not asked: time.sleep(.01)
+note = dict(done=[], stopped=True) if asked else dict(done=[s['key'] for s in job['stages']])
+(folder/'status.json').write_text(json.dumps(note))"""
+
+
+class Clock:
+    "A budget that is near its end once a run waits"
+    limit = 100.
+    def __init__(self, given, since): pass
+    def left(self): return 9. if list(Path('runs').glob('*/*/toy/waits')) else 90.
+
+
+def test_a_sweep_stops_in_time(sweep, monkeypatch, capsys, tmp_path):
+    """What goes on is told to stop, what has not begun stays so, the exit code says that work is
+    left, and the same command does it"""
+    monkeypatch.setattr('weat_nb.sweep._start', lambda folder, env: subprocess.Popen(
+        [sys.executable, '-c', QUICK, str(folder)], env=env, start_new_session=True))
+    page = tmp_path/'page.ipynb'
+    notebook(page, 'n: int = 1', 'n')
+    grid, before = sweep('grid: {value: [1, 2, 3]}\npages: page.ipynb'), page.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr('weat_nb.sweep.Budget', Clock)
+        assert main([grid, '--budget', '100s']) == 75
+    said = capsys.readouterr()
+    assert [row['state'] for row in table()] == ['finished', 'stopped after epoch 3 of 9',
+                                                 'not finished']
+    assert not list(Path('runs').glob('*/value3*/toy'))
+    assert 'of 3 runs 2 are stopped or not begun: the same command goes on' in said.err
+    assert 'failed' not in said.err and page.read_text() == before # rebuilt when all is done
+    sweep('grid: {value: [1, 2, 3]}')
+    assert main([grid, '--jobs', '2', '--budget', '10:00']) == 0
+    assert [row['state'] for row in table()] == ['finished']*3
+
+
+def test_no_run_is_begun_without_time_for_it(sweep, monkeypatch):
+    monkeypatch.setattr('weat_nb.sweep._start', None)
+    monkeypatch.setattr(Clock, 'left', lambda self: 19.)
+    monkeypatch.setattr('weat_nb.sweep.Budget', Clock)
+    assert main([sweep('grid: {value: [1, 2]}'), '--budget', '100s']) == 75
+    assert [row['state'] for row in table()] == ['not finished']*2
+
+
+def test_a_run_whose_own_time_is_over_is_not_finished(sweep, monkeypatch):
+    "Its notebook came through, with a report of what was trained"
+    def papermill(stage, cwd, came):
+        run = Path(stage['parameters']['run_dir'])
+        run.mkdir(exist_ok=True)
+        (run/'config.json').write_text('{"epochs": 9}')
+        (run/'metrics.jsonl').write_text('{"epoch": 1, "clean": 5, "pgd": 1}\n')
+        done = (run/'stopped.json').exists()
+        (run/'stopped.json').unlink() if done else (run/'stopped.json').write_text('{}')
+    monkeypatch.setattr('weat_nb.sweep._papermill', papermill)
+    for code, state in ((75, 'stopped after epoch 1 of 9'), (0, 'finished')):
+        grid = sweep('grid: {value: [1]}')
+        run, = read_grid(grid).runs
+        _prepare(run)
+        if code:
+            with pytest.raises(SystemExit) as stop: execute(run.folder)
+            assert stop.value.code == code and failure(run) is None
+        else: execute(run.folder)
+        assert [row['state'] for row in summarise_sweep([run])] == [state]
+
+
+def test_time_tells_runs_apart_where_epochs_follow_it():
+    assert 'time_budget' in place(dict(epochs=3)) and 'time_budget' in place({})
+    assert 'time_budget' not in place(dict(epochs='fit'))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks for processes in /proc')
+@pytest.mark.parametrize('how', ['SIGUSR1', 'SIGKILL', '--budget'])
+def test_runs_of_a_stopped_sweep_come_to_the_end_of_an_update(how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notebook(tmp_path/'toy.ipynb', 'value: int = 0\nrun_dir: str = None', LONG)
+    Path('grid.yaml').write_text('notebook: toy.ipynb\ngrid: {value: [1, 2, 3]}')
+    begun = time.monotonic()
+    limit = ['--budget', '30s'] if how == '--budget' else []
+    process = start('grid.yaml', '--jobs', '2', *limit)
+    wait_for(lambda: len(list(Path('runs').glob('*/*/*/pid'))) == 2, 60, 'two kernels')
+    if not limit: process.send_signal(getattr(signal, how))
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == {'--budget': 75, 'SIGKILL': -9}.get(how, 130), said
+    # the budget and 15 %, and what a busy machine takes to start and end a process
+    if limit: assert time.monotonic() - begun < 1.15*30 + 5
+    pids = [int(p.read_text()) for p in Path('runs').glob('*/*/*/pid')]
+    wait_for(lambda: not any(alive(p) for p in pids), 15, 'the end of the kernels')
+    assert [p.read_text() for p in Path('runs').glob('*/*/*/state')] == ['whole']*2
+    if how != 'SIGKILL':
+        assert [row['state'] for row in table()] == ['stopped after epoch 0 of 5']*2 + [
+            'not finished']
+    if limit: assert 'of 3 runs 3 are stopped' in said
+    for folder in Path('runs').glob('*/*'):
+        if (folder/'job.json').exists(): (folder/'again').touch()
+    assert main(['grid.yaml', '--jobs', '2']) == 0
+    assert [row['state'] for row in table()] == ['finished']*3
+
+
 def test_shares_of_the_machine(monkeypatch):
     for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'CUDA_VISIBLE_DEVICES'):
         monkeypatch.delenv(name, raising=False)
@@ -259,7 +390,8 @@ def test_shares_of_the_machine(monkeypatch):
         '0', '2', '0', '2']
     assert 'CUDA_VISIBLE_DEVICES' not in share(0, 1, 16, ['0', '2']) # a run alone may use all
     monkeypatch.setenv('OMP_NUM_THREADS', '3')
-    assert share(0, 4, 16)['OMP_NUM_THREADS'] == '3'
+    mine = share(0, 4, 16) # a number of MKL's beside it would be the one that PyTorch takes
+    assert mine['OMP_NUM_THREADS'] == '3' and 'MKL_NUM_THREADS' not in mine
 
 
 def daemon(name): return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
@@ -363,6 +495,30 @@ def test_slurm_stops(slurm, sweep):
     assert process.wait(60) == 130
     wait_for(lambda: not alive(pid) and not subprocess.run(
         ['squeue', '-h'], capture_output=True, text=True).stdout, 30, 'an empty queue')
+
+
+@pytest.mark.slow
+def test_slurm_stops_a_single_run_in_time(slurm, tmp_path, monkeypatch):
+    "The batch script on the page of the sweeps, of another notebook"
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((Path(__file__).parent.parent/'nbs/parts/sweep.ipynb').read_text(
+        encoding='utf-8'))['cells']
+    script, = re.findall('(#!/bin/bash\n.*?)```', '\n'.join(''.join(c['source']) for c in cells),
+                         re.DOTALL)
+    notebook(tmp_path/'toy.ipynb', 'value: int = 0\nrun_dir: str = None', LONG)
+    here = f'{sys.executable} -m papermill toy.ipynb out.ipynb -p run_dir run/toy &'
+    script, found = re.subn('papermill .*&', here, script)
+    assert found == 1
+    Path('job.sh').write_text(script)
+    job = subprocess.run(['sbatch', '--parsable', '--output=log', 'job.sh'], capture_output=True,
+                         text=True, check=True).stdout.strip()
+    pid = int(wait_for(lambda: Path('run/toy/pid').exists() and Path('run/toy/pid').read_text(),
+                       60, 'a kernel'))
+    subprocess.run(['scancel', '--batch', '--signal=USR1', job], check=True)
+    wait_for(lambda: not alive(pid) and not subprocess.run(
+        ['squeue', '-h'], capture_output=True, text=True).stdout, 30, 'the end of the job')
+    assert Path('run/toy/state').read_text() == 'whole'
+    assert 'Stopped: stopped' in Path('log').read_text()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import weat_nb.train as train
+from weat_nb import state, train
 from weat_nb.checkpoints import load_checkpoint, load_tensors
 from weat_nb.data import DATASETS, load_dataset, to_float
 from weat_nb.losses import OBJECTIVES
@@ -74,8 +74,10 @@ def test_a_restored_momentum_lies_as_its_weights(tmp_path):
     training, again = begin(), begin()
     training.model(torch.rand(4, 1, 28, 28)).sum().backward()
     training.end()
-    train._commit(tmp_path, training, [], {})
-    train._restore(tmp_path, again)
+    keeper = state.Keeper(tmp_path, training)
+    keeper.keep([], {})
+    keeper.close()
+    state.restore(tmp_path, again)
     for p, q in zip(training.model.parameters(), again.model.parameters()):
         before, momentum = (t.optimizer.state[w]['momentum_buffer']
                             for t, w in ((training, p), (again, q)))
@@ -141,8 +143,9 @@ def test_stopped_between_state_and_metrics(tmp_path, monkeypatch):
 
     def fail(*args): raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(train, 'write_lines', fail)
+        patch.setattr(state, 'write_lines', fail)
         with pytest.raises(KeyboardInterrupt): fit(config, tmp_path/'run')
+    assert (tmp_path/'run/state.safetensors').exists()
     assert not (tmp_path/'run/metrics.jsonl').exists()
     assert fit(config, tmp_path/'run').history == whole.history
     assert ((tmp_path/'run/metrics.jsonl').read_bytes()
@@ -162,7 +165,7 @@ def test_snapshots(tmp_path, monkeypatch):
     def fail(*args): raise KeyboardInterrupt
     for done in range(2): # once in each epoch
         with monkeypatch.context() as patch:
-            patch.setattr(train, '_commit' if done else 'check_finite', fail)
+            patch.setattr(*(state, '_commit') if done else (train, 'check_finite'), fail)
             with pytest.raises(KeyboardInterrupt):
                 fit(config, tmp_path/'stopped', snapshots=epochs, snapshot_images=10)
     fit(config, tmp_path/'stopped', snapshots=epochs, snapshot_images=10)

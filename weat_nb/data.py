@@ -213,24 +213,27 @@ def batches(
     pad:int = 0, # zero padding of the random crop, in pixels
     flip:bool = False, # mirror each image with probability 1/2
     drop_last:bool = False, # leave out a last batch that is not full
+    skip:int = 0, # batches at the beginning to leave out, for which nothing is drawn but the order
+    state:Tensor|None = None, # of the generator, taken up once the order is drawn
 )->Iterator[tuple[Tensor, Tensor]]: # x (B, C, H, W) float32 in [0, 1] and y (B,)
     "Go through the data once, in batches"
     batch_size, pad = check_count('batch_size', batch_size), check_count('pad', pad, 0)
     if (pad or flip) and generator is None:
         raise ValueError(f'pad = {pad} and flip = {flip} are random: '
                          'give a generator, or pad=0 and flip=False')
-    return _batches(data, batch_size, generator, pad, flip, drop_last)
+    return _batches(data, batch_size, generator, pad, flip, drop_last, skip, state)
 
 # %% ../nbs/parts/data.ipynb #4125a4af
 def _batches(
     data:ImageData, batch_size:int, generator:torch.Generator|None, pad:int, flip:bool,
-    drop_last:bool,
+    drop_last:bool, skip:int, state:Tensor|None,
 )->Iterator[tuple[Tensor, Tensor]]:
     n, order = len(data), None
     if generator is not None:
         order = torch.randperm(n, generator=generator, device=generator.device).to(
             data.images.device)
-    for start in range(0, n - n%batch_size if drop_last else n, batch_size):
+        if state is not None: generator.set_state(state)
+    for start in range(skip*batch_size, n - n%batch_size if drop_last else n, batch_size):
         part = (slice(start, start + batch_size) if order is None
                 else order[start:start + batch_size])
         images, labels = data.images[part], data.labels[part]

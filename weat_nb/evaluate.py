@@ -509,6 +509,12 @@ def _is_checkpoint(path:Path)->bool:
     return isinstance(stored, dict) and 'config' in stored
 
 # %% ../nbs/09_evaluate.ipynb #8074e539
+def _trained(about:Mapping[str, Any])->dict[str, Any]|None:
+    "What a record says of the training: its config; of a run that was stopped the epochs run, too"
+    config, stopped = about.get('config'), about.get('stopped')
+    if not (isinstance(config, dict) and isinstance(stopped, dict)): return config
+    return {**config, 'epochs_run': stopped.get('epochs')}
+
 def load_model(
     # a name for load_pretrained, or the path of a checkpoint;
     # with arch, of anybody's weights (.pth, .pt, .ckpt, .safetensors, ...)
@@ -548,14 +554,15 @@ def load_model(
             else f'{name} is a checkpoint; leave them out'))
     elif path.is_file():
         model, metadata = load_checkpoint(path, arch=arch)
-        about.update(epoch=metadata.get('epoch'), training=metadata.get('config'))
+        about.update(epoch=metadata.get('epoch'), training=_trained(metadata))
     else:
         model = load_pretrained(checkpoint, root=root, arch=arch)
         if name in PUBLIC_MODELS:
             about.update(source=PUBLIC_MODELS[name].source, file_sha256=PUBLIC_MODELS[name].sha256)
         elif not name.startswith('robustbench:'):
             note = pretrained_note(name, root)[1]
-            about.update(file_sha256=note['sha256'], epoch=note['epoch'], training=note['config'])
+            about.update(file_sha256=note['sha256'], epoch=note['epoch'],
+                         training=_trained(note))
     trained = (about.get('training') or {}).get('dataset')
     dataset = (dataset or (trained if trained in DATASETS else None)
                or next((d for d in DATASETS if name.startswith(d + '-') and not trained), None))

@@ -27,7 +27,7 @@ def param(
     low:float|None = None, # smallest allowed value
     high:float|None = None, # largest allowed value
     above:float|None = None, # value that must be exceeded
-    # the names allowed, for strings; a table that has grown by then
+    # the names allowed, for strings, or words beside the numbers; a table that has grown by then
     # counts as it is when a value is checked
     choices:Collection[str]|None = None,
     # likewise for a list of names in one string, separated by commas or spaces
@@ -76,8 +76,11 @@ def check_param(
     kind, help, value = rule['kind'], f" ({rule['help']})", _plain(value)
     if rule.get('optional', True) and (value is None or _text(value) == 'None'): return None
     if kind in (int, float):
+        words = rule.get('choices') or ()
+        if isinstance(value, str) and value.strip() in words: return value.strip()
         bounds = {key: rule[key] for key in ('low', 'high', 'above')}
-        return check_number(name, value, **bounds, whole=kind is int, hint=help)
+        hint = ''.join(f', or {word!r}' for word in words) + help + suggest(value, words)
+        return check_number(name, value, **bounds, whole=kind is int, hint=hint)
     if kind is bool:
         if (word := str(value).strip().lower()) in ('true', 'false'): return word == 'true'
         refuse(name, value, f'True or False{help}')

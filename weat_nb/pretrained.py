@@ -93,7 +93,7 @@ def _check_sha256(path:Path, sha256:str)->Path:
 
 # %% ../nbs/parts/pretrained.ipynb #e3946498
 def publish_model(
-    run_dir:str|os.PathLike, # a finished run
+    run_dir:str|os.PathLike, # a run; one that was stopped is published as such
     name:str, # what the model is to be called, for example fashion_mini-sat-resnet8
     folder:str|os.PathLike, # where name.safetensors and name.json go
     arch:str|None = None, # where the network is one's own, the address of its code
@@ -109,7 +109,8 @@ def publish_model(
                                   dtype=torch.float16).read_bytes()
     what = dict(name=name, sha256=hashlib.sha256(weights).hexdigest(), model=model.config,
                 epoch=metadata.get("epoch"), config=metadata.get("config"),
-                version=metadata.get("version"))
+                version=metadata.get("version"),
+                **{k: metadata[k] for k in ("stopped",) if k in metadata})
     text = json.dumps(what, indent=1) + "\n"
     # an earlier call was killed between the two files
     begun = note.exists() and note.read_bytes() == text.encode()

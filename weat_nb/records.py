@@ -7,8 +7,8 @@ Docs: https://weat-nb.github.io/weat_nb/parts/records.html.md"""
 # %% auto #0
 __all__ = ['PUBLISHED_RECORDS', 'Rule', 'RECORD_FORMAT', 'RECORD_SHAPE', 'TRAINING_SHAPE', 'RESULT_SHAPE', 'ATTACK_SHAPES',
            'PAPER_RESULTS', 'suspicions', 'standard_error', 'record_rows', 'as_json', 'foreign_config', 'check_fields',
-           'check_record', 'read_record', 'check_state', 'read_records', 'measured_table', 'paper_numbers',
-           'paper_table', 'not_run_yet']
+           'check_record', 'read_record', 'check_state', 'read_records', 'epochs_run', 'epochs_in_words',
+           'measured_table', 'paper_numbers', 'paper_table', 'not_run_yet']
 
 # %% ../nbs/parts/records.ipynb #daf88ed8
 import json
@@ -200,7 +200,7 @@ RECORD_SHAPE:dict[str, Any] = {
 TRAINING_SHAPE:dict[str, Any] = {f'{key}?': _or_none(rule) for key, rule in dict(
     objective=_TEXT, dataset=_TEXT, arch=_TEXT, precision=_TEXT, protocol=_TEXT,
     seed=_number(whole=True), epochs=_ANY_COUNT, num_train=_COUNT, eps=_number(0),
-    step_size=_number(0)).items()}
+    step_size=_number(0), epochs_run=_ANY_COUNT).items()} # epochs_run: of a run that was stopped
 # of every attack, and of each kind
 RESULT_SHAPE:dict[str, Any] = {
     'attack': (lambda v: isinstance(v, str) and bool(
@@ -363,6 +363,20 @@ def read_records(
 def _training(record:Mapping[str, Any])->dict[str, Any]:
     return record['model'].get('training') or {}
 
+def epochs_run(
+    training:Mapping[str, Any], # of a record
+)->int: # 0 where it is not known
+    "How many epochs were run, of a run that was stopped fewer than its `epochs`"
+    found = training.get('epochs_run')
+    return (training.get('epochs') if found is None else found) or 0
+
+def epochs_in_words(
+    training:Mapping[str, Any], # of a record
+)->int|str|None: # 100, 3 of 100, or None where it is not known
+    "The epochs of a run, as a table names them"
+    run, of = training.get('epochs_run'), training.get('epochs')
+    return of if run in (None, of) else f'{run} of {of}'
+
 def _settings(record:Mapping[str, Any])->dict[str, Any]:
     "What the runs of a row have in common"
     return {k: v for k, v in _training(record).items() if k != 'seed'}
@@ -435,7 +449,7 @@ def measured_table(
         data = dataset if split == 'test' else f'{dataset}, {split} images'
         if radius and sum(name == dataset for name, _ in radii) > 1: data += f', ε = {radius:.3g}'
         rows.append({'data': data, 'objective': training.get('objective') or first['model']['name'],
-                     'network': first['model']['arch'], 'epochs': training.get('epochs'),
+                     'network': first['model']['arch'], 'epochs': epochs_in_words(training),
                      'seeds': len(group),
                      **{column: _cell(group, a) for a, column in columns.items()},
                      'images': next(iter(images.values())) if len(set(images.values())) == 1
@@ -486,10 +500,10 @@ def paper_table(
     for dataset, objective in ((d, o) for d in PAPER_RESULTS for o in _PAPER_OBJECTIVES):
         runs = [r for r in found
                 if (r['data']['dataset'], _training(r).get('objective')) == (dataset, objective)]
-        epochs = max((_training(r).get('epochs') or 0 for r in runs), default=0)
+        epochs = max((epochs_run(_training(r)) for r in runs), default=0)
         groups:dict[str, list] = {}
         for r in runs: # short runs do not stand beside the paper's
-            if (_training(r).get('epochs') or 0) == epochs:
+            if epochs_run(_training(r)) == epochs:
                 groups.setdefault(json.dumps(_settings(r), sort_keys=True), []).append(r)
         rows += [_paper_row(dataset, objective, group, list(groups.values()))
                  for group in groups.values()]
@@ -502,7 +516,7 @@ def _paper_row(dataset:str, objective:str, group:list, groups:list[list])->dict[
     for (attack, name), number in zip(_PAPER_ATTACKS.items(), numbers):
         row[f'{name}, paper'] = 'not known' if number is None else f'{number:.2f}'
         row[f'{_COLUMNS[attack]}, ours'] = _cell(group, attack) or 'not run yet'
-    row |= {'epochs, ours': settings.get('epochs'), 'seeds, ours': len(group)}
+    row |= {'epochs, ours': epochs_in_words(settings), 'seeds, ours': len(group)}
     differ = _apart(settings, [_settings(other[0]) for other in groups])
     return row | ({'settings, ours': differ} if differ else {})
 

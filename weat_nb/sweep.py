@@ -14,23 +14,26 @@ import csv
 import ctypes
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from .budget import EXIT_STOPPED, SIGNALS, Budget, check_duration, process_age
 from .checks import as_path, check_count, refuse
-from .grid import PLACE, Run, notebook_parameters, read_grid
+from .grid import Run, notebook_parameters, place, read_grid
 from .runs import (
-    Progress, best_row, lock_run, read_json, read_lines, reading, write_text)
+    STOPPED, Progress, best_row, lock_run, read_json, read_lines, reading, write_text)
 
 # %% ../nbs/parts/sweep.ipynb #ab459c1d
 def _status(folder:Path)->dict[str, Any]:
@@ -57,7 +60,22 @@ def _prepare(run:Run)->None:
                json.dumps(dict(done=_status(run.folder).get('done', []))) + '\n')
 
 # %% ../nbs/parts/sweep.ipynb #59727385
-def _papermill(stage:dict[str, Any], cwd:str, tries:int = 5)->None:
+@contextmanager
+def _pass_on()->Iterator[list[int]]:
+    "What tells this process to stop tells its kernel, or ends it before there is one"
+    import psutil
+    came:list[int] = []
+    def tell(signum:int, frame:Any)->None:
+        came.append(signum)
+        if not (kernels := psutil.Process().children()): raise KeyboardInterrupt
+        for kernel in kernels:
+            with suppress(psutil.NoSuchProcess): kernel.terminate()
+    before = {name: signal.signal(getattr(signal, name), tell) for name in SIGNALS}
+    try: yield came
+    finally:
+        for name, handler in before.items(): signal.signal(getattr(signal, name), handler)
+
+def _papermill(stage:dict[str, Any], cwd:str, came:list[int], tries:int = 5)->None:
     "Of kernels started at once one may find its port taken and die before its first cell; retry it"
     import papermill
     for left in reversed(range(tries)):
@@ -66,7 +84,7 @@ def _papermill(stage:dict[str, Any], cwd:str, tries:int = 5)->None:
                 stage['notebook'], stage['output'], stage['parameters'], cwd=cwd,
                 progress_bar=False, start_timeout=300)
         except RuntimeError as e:
-            if not left or 'before replying' not in str(e): raise
+            if not left or came or 'before replying' not in str(e): raise
 
 def execute(
     folder:str|Path, # of a run, with its job.json
@@ -74,28 +92,40 @@ def execute(
     "Run the notebooks of a run that are not through yet; what each process of a sweep does"
     import papermill
     folder = as_path(folder)
-    with lock_run(folder):
+    with _pass_on() as came, lock_run(folder):
         job, done = (json.loads((folder/'job.json').read_text(encoding='utf-8')),
                      _status(folder).get('done', []))
+        def note(**more:Any)->None:
+            write_text(folder/'status.json', json.dumps(dict(done=done, **more)) + '\n')
+        def stopped()->SystemExit:
+            note(stopped=True)
+            return SystemExit(EXIT_STOPPED)
         keys = [s['key'] for s in job['stages']]
         # an evaluation that was added later leaves the training done
         done = done if done == keys[:len(done)] else []
+        note()
         for stage in job['stages'][len(done):]:
-            try: _papermill(stage, job['cwd'])
+            try: _papermill(stage, job['cwd'], came)
+            except (RuntimeError, KeyboardInterrupt) as e: # its kernel has ended, or never began
+                if came: raise stopped() from e
+                raise
             except papermill.PapermillExecutionError as e:
+                if came or e.ename == 'Stopped': raise stopped() from e
                 error = f'{e.ename}: {e.evalue}'.strip().splitlines()[-1]
-                write_text(folder/'status.json', json.dumps(
-                    dict(done=done, error=error, notebook=stage['output'])) + '\n')
+                note(error=error, notebook=stage['output'])
                 raise SystemExit(1) from e
+            # through, but its time_budget was over before the training was
+            if (Path(stage['parameters'].get('run_dir', folder))/STOPPED).exists():
+                raise stopped()
             done = [*done, stage['key']]
-            write_text(folder/'status.json', json.dumps(dict(done=done)) + '\n')
+            note()
 
 def failure(
     run:Run, # that was run
-)->tuple[str, str]|None: # (notebook or log, last line of the error); None: it is finished
-    "Why a run is not finished"
-    if finished(run): return None
+)->tuple[str, str]|None: # (notebook or log, last line of the error); None: it finished or stopped
+    "Why a run has failed"
     status, log = _status(run.folder), run.folder/'log.txt'
+    if finished(run) or 'stopped' in status: return None
     if 'error' in status: return status['notebook'], status['error']
     lines = [line for line in log.read_text(encoding='utf-8', errors='replace').splitlines()
              if line.strip()] if log.exists() else []
@@ -117,14 +147,16 @@ def _start(folder:str|Path, env:dict[str, str])->subprocess.Popen:
             env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True, preexec_fn=_tie)
 
-def _stop(processes:list[subprocess.Popen], patience:float = 15.)->None:
-    "Ask the processes to end, and end those that do not"
-    for how in (signal.SIGTERM, signal.SIGKILL):
+def _stop(processes:list[subprocess.Popen], patience:float = 60.)->None:
+    "Ask the processes to end, and end those that do not, or at once if asked again"
+    for how, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.)):
         for p in processes:
             if p.poll() is None: os.killpg(p.pid, how)
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline and any(p.poll() is None for p in processes):
-            time.sleep(.05)
+        deadline = time.monotonic() + wait
+        try:
+            while time.monotonic() < deadline and any(p.poll() is None for p in processes):
+                time.sleep(.05)
+        except KeyboardInterrupt: continue
 
 # %% ../nbs/parts/sweep.ipynb #a9c2d0d2
 def share(
@@ -134,8 +166,9 @@ def share(
     gpus:Sequence[str] = (), # that there are
 )->dict[str, str]: # the environment of the process
     "A process's share of the machine"
-    env = ({n: str(max(1, cores//jobs)) for n in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
-           | dict(os.environ))
+    names, env = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), dict(os.environ)
+    # who has set one of the two means it: PyTorch takes the number of the other
+    if not env.keys() & set(names): env |= {n: str(max(1, cores//jobs)) for n in names}
     return ({**env, 'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]}
             if jobs > 1 and len(gpus) > 1 else env)
 
@@ -150,22 +183,26 @@ def run_local(
     runs:list[Run], # prepared
     jobs:int, # at once
     report:Callable[[Run], None], # called when a run has ended
+    budget:Budget|None = None, # of time; None: as long as it takes
 )->None:
     "Run in processes of this machine"
+    left = budget.left if budget else lambda: math.inf
+    spare = min(60., .1*budget.limit) if budget else 0. # seconds
     cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
              else os.cpu_count() or 1)
     waiting, gpus = list(runs), _gpus() if jobs > 1 else []
     running:dict[int, tuple[Run, subprocess.Popen]] = {} # by slot
     try:
-        while waiting or running:
+        while running or waiting and left() > 2*spare:
             for slot in range(jobs):
                 if slot in running and running[slot][1].poll() is not None:
                     report(running.pop(slot)[0])
-                if slot not in running and waiting:
+                if slot not in running and waiting and left() > 2*spare:
                     running[slot] = (waiting[0],
                                      _start(waiting.pop(0).folder, share(slot, jobs, cores, gpus)))
+            if left() < spare: break
             time.sleep(.1)
-    finally: _stop([p for _, p in running.values()])
+    finally: _stop([p for _, p in running.values()], 1.5*spare or 60.)
 
 # %% ../nbs/parts/sweep.ipynb #510838f7
 LOOK = 15. # seconds between two looks at the queue
@@ -176,6 +213,8 @@ class _SlurmRun:
         env = share(0, 1, int(os.environ.get('SLURM_CPUS_PER_TASK')
                               or os.environ.get('SLURM_CPUS_ON_NODE') or 1))
         process = _start(folder, env)
+        # cancelled: submitit would not listen, and not every Slurm tells all processes of a job
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try: process.wait()
         finally: _stop([process])
 
@@ -259,17 +298,24 @@ def scores(
                   for r in read_record(file)['results']}
     return found
 
+def _state(run:Run)->str:
+    status, folder = _status(run.folder), run.stages[0].run_dir(run.folder)
+    if finished(run): return 'finished'
+    if 'error' in status: return 'failed'
+    if status.get('done') or not (folder/'config.json').exists(): return 'not finished'
+    of = read_json(folder/'config.json').get('epochs')
+    rows = read_lines(folder/'metrics.jsonl') if (folder/'metrics.jsonl').exists() else []
+    return f'stopped after epoch {len(rows)} of {of}' if of else 'not finished'
+
 def summarise_sweep(
     runs:list[Run], # of a sweep
 )->list[dict[str, Any]]: # a row for each
     "The table of a sweep, as it stands"
     rows = []
     for run in runs:
-        why, first = failure(run), run.stages[0]
-        state = ('finished' if why is None else 'failed' if 'error' in _status(run.folder)
-                 else 'not finished')
-        rows.append({**{k: v for k, v in first.given.items() if k not in PLACE}, 'state': state,
-                     **scores(run.folder), 'run': run.folder.name})
+        given = run.stages[0].given
+        rows.append({**{k: v for k, v in given.items() if k not in place(given)},
+                     'state': _state(run), **scores(run.folder), 'run': run.folder.name})
     return rows
 
 # %% ../nbs/parts/sweep.ipynb #e1ffd760
@@ -333,18 +379,24 @@ def _parser()->argparse.ArgumentParser:
     parser.add_argument('--slurm', nargs='*', metavar='KEY=VALUE',
                         help='run on Slurm, with these options of sbatch, '
                              'for example partition=gpu time=720')
+    parser.add_argument('--budget', metavar='TIME',
+                        help='stop in time, for example 90s, 30m or 2h, with the state of what '
+                             'was going on; the same command goes on')
     parser.add_argument('--dry-run', action='store_true',
                         help='list the runs and their state, start nothing')
     return parser
 
 def _check_command(args:argparse.Namespace)->dict[str, Any]:
     "Options for Slurm; what is missing or wrong is an error"
-    missing = [m for m in ('yaml', 'papermill', 'ipykernel',
+    missing = [m for m in ('yaml', 'papermill', 'ipykernel', 'psutil',
                            *(['submitit'] if args.slurm is not None else []))
                if importlib.util.find_spec(m) is None]
     if missing:
         raise ValueError(f"weat-sweep needs {', '.join(missing)}: pip install 'weat_nb[sweep]'")
     if args.jobs is not None: check_count('--jobs', args.jobs)
+    if args.budget is not None and args.slurm is not None:
+        refuse('--budget', args.budget, 'left out with --slurm',
+               ': there time=MINUTES is the limit of a job, which is queued again and goes on')
     pairs = [option.partition('=') for option in args.slurm or []]
     for key, equals, _ in pairs:
         if not equals: refuse('--slurm', key, 'KEY=VALUE, for example partition=gpu')
@@ -355,6 +407,7 @@ def run_sweep(
     runs:list[Run], # of `read_grid`
     jobs:int|None = None, # at once; None: 1, or with Slurm as many as it allows
     slurm:dict[str, Any]|None = None, # options for sbatch; None: in local processes
+    budget:Budget|None = None, # of time, for local processes; None: as long as it takes
 )->list[Run]: # those that failed
     "Run what is not finished, then write the table"
     todo = [run for run in runs if not finished(run)]
@@ -366,24 +419,30 @@ def run_sweep(
     # only in the main thread can signals be handled
     main_thread = threading.current_thread() is threading.main_thread()
     # asked to end, it stops its children as with Ctrl-C
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
+    before = {getattr(signal, name): signal.signal(getattr(signal, name),
+                                                   signal.default_int_handler)
+              for name in (SIGNALS if main_thread else ())}
     try:
         if todo and slurm is not None: run_slurm(todo, jobs, report, slurm)
-        elif todo: run_local(todo, jobs or 1, report)
+        elif todo: run_local(todo, jobs or 1, report, budget)
     finally:
-        if main_thread: signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items(): signal.signal(signum, handler)
         progress.close()
         _write_summary(runs)
     return failed
 
 def main(
     argv:list[str]|None = None, # arguments; None: those of the command line
-    # 0: all runs are finished; 1: some failed; 2: the file or the command is wrong; 130: stopped
+    # 0: all runs are finished; 1: some failed; 2: the file or the command is wrong; 75: its time is
+    # over and work is left; 130: stopped
 )->int:
     "The command `weat-sweep`"
     args = _parser().parse_args(argv)
     try:
         options = _check_command(args)
+        budget = None if args.budget is None else Budget(
+            check_duration('--budget', args.budget), # of the command, from its start
+            time.monotonic() - (process_age() if argv is None else 0.))
         grid = read_grid(args.grid, args.out)
         runs = grid.runs
         if args.dry_run:
@@ -391,7 +450,7 @@ def main(
                 print('finished' if finished(run) else 'to run  ', run.folder.name,
                       json.dumps(run.stages[0].given))
             return 0
-        failed = run_sweep(runs, args.jobs, options if args.slurm is not None else None)
+        failed = run_sweep(runs, args.jobs, options if args.slurm is not None else None, budget)
     except (ValueError, OSError, RuntimeError) as e:
         print(f'weat-sweep: {e}', file=sys.stderr)
         return 2
@@ -401,10 +460,14 @@ def main(
     print((runs[0].folder.parent/'summary.md').read_text(encoding='utf-8'))
     wrong = [(run.folder.name, *why) for run in failed if (why := failure(run))]
     if grid.records: collect_records(runs, grid.records)
-    for page in grid.pages:
+    left = [run for run in runs if not finished(run) and run not in failed]
+    for page in grid.pages if not left else (): # for the call that leaves nothing
         try: rebuild_page(page)
         except Exception as e: # whatever a notebook raises
             wrong.append((page.name, str(page), str(e).strip().splitlines()[-1]))
     for name, notebook, error in wrong:
         print(f'failed: {name}\n  {notebook}\n  {error}', file=sys.stderr)
-    return int(bool(wrong))
+    if left:
+        print(f'weat-sweep: of {len(runs)} runs {len(left)} are stopped or not begun: '
+              'the same command goes on', file=sys.stderr)
+    return EXIT_STOPPED if left else int(bool(wrong))

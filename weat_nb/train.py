@@ -16,11 +16,10 @@ import json
 import math
 import os
 import re
-import shutil
+import threading
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -32,14 +31,15 @@ from torch import Tensor, nn
 
 from . import __version__
 from .attacks import pgd, starting_point
-from .checks import as_path, check_count, check_number, height_width
-from .checkpoints import (CheckpointError, file_sha256, load_checkpoint, load_tensors, pack,
-                                 save_checkpoint, save_tensors, unpack)
+from .budget import Budget, BudgetError, Pace, Stop, Stopped, how_far, stop_on_signal
+from .checks import as_path, check_count, check_number, height_width, refuse
+from .checkpoints import (file_sha256, load_checkpoint, load_tensors, pack, save_checkpoint,
+                                 save_tensors)
 from .data import (DATASETS, OWN_DATA, DatasetSpec, ImageData, augment, batches,
                           dataset_identity, dataset_spec, is_own_dataset, load_dataset,
                           load_images, split_holdout, to_float)
-from .distributed import (all_mean, barrier, check_launch, is_main, launch, my_share,
-                                 rank, synchronise_batchnorm, world_size)
+from .distributed import (all_max, all_mean, check_launch, everyones, is_main, launch,
+                                 my_share, rank, synchronise_batchnorm, world_size)
 from .energy import delta_energy, energy_weight, joint_energy, marginal_energy
 from .guards import defaults, device_of, eval_mode, kept_rng
 from .losses import OBJECTIVES, WEIGHTS, Objective, get_objective, with_weights
@@ -47,10 +47,12 @@ from .models import ARCHS, OWN_ARCH, create_model, is_own_arch
 from .own import is_address, load_own, own_content
 from .params import check_params, identity_of, param, resolve_device
 from .recipes import Training, one_cycle, one_cycle_both, update_batchnorm, weight_average
-from .runs import (Progress, best_row, differences, lock_run, open_run, read_lines,
-                          reading, write_lines)
-from .step import (FrozenCopy, StepConfig, TrainStep, check_compiler, exact_float32,
-                          forward_cost, forward_passes)
+from .runs import (STOPPED, STOPPING, Progress, best_row, differences, lock_run, open_run,
+                          read_json, read_lines, write_lines, write_text)
+from .state import (PREVIOUS, STATE, Interrupted, Keeper, Watch, generator_states,
+                           mend_state, read_state, restore, set_generator_states)
+from .step import (PRECISIONS, FrozenCopy, StepConfig, TrainStep, arithmetic,
+                          check_compiler, exact_float32, forward_cost, forward_passes, timed)
 
 # %% ../nbs/04_train_weat.ipynb #fa3ce0a4
 _PAPER = dict(arch='resnet18', epochs=100, eps=8/255, step_size=2/255, attack_steps=10,
@@ -95,7 +97,8 @@ class TrainConfig:
     beta:float|None = param(float, 'weight of the second term', low=0)
     # A parameter may be None and then takes the protocol's value; a config's field is never None.
     arch:str = param(str, 'network', choices=ARCHS, own=OWN_ARCH)
-    epochs:int = param(int, 'passes over the training images', low=1)
+    # or 'fit': as many as a time budget has room for
+    epochs:int = param(int, 'passes over the training images', low=1, choices=('fit',))
     eps:float = param(float, 'radius of the l-inf ball, pixels in [0, 1]', above=0, high=1)
     step_size:float = param(float, 'attack step, pixels in [0, 1]', above=0, high=1)
     attack_steps:int = param(int, 'attack steps of an update', low=1)
@@ -105,7 +108,7 @@ class TrainConfig:
     seed:int = param(int, 'seed of all randomness', default=0, low=0, high=2**31 - 1)
     device:str = param(str, 'where to compute', default='auto',
                        choices=('auto', 'cuda', 'mps', 'cpu'))
-    precision:str = param(str, 'arithmetic of training', choices=('float32', 'bf16'))
+    precision:str = param(str, 'arithmetic of training', choices=PRECISIONS)
     compile:bool = param(bool, 'compile the network that is attacked', default=False)
     root:str|None = param(str, 'folder of the data sets', path='new folder')
     aux_data:str|None = param(str, '.npz of synthesised images', path='file')
@@ -144,6 +147,9 @@ class TrainConfig:
             raise ValueError(f'aux_fraction = {self.aux_fraction:g} needs aux_data, '
                              'an .npz file of synthesised images')
         object.__setattr__(self, 'device', resolve_device(self.device))
+        if self.precision == 'tf32' and self.device != 'cuda':
+            refuse('precision', 'tf32', f'float32 or bf16 on {self.device}; TF32 is an arithmetic '
+                   'of CUDA devices')
         if self.compile: check_compiler(self.device)
         bf16 = self.device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
         defaults['precision'] = 'bf16' if bf16 and not self.released else 'float32'
@@ -189,6 +195,15 @@ class TrainConfig:
         step_size = 2/255 if self.released else self.step_size
         return dict(eps=self.eps, step_size=step_size, seed=self.seed)
 
+    def selection_precision(self)->str: # as `measure_energies` takes it
+        "Arithmetic in which held-out images and snapshots are measured while training goes on"
+        return 'tf32' if self.device == 'cuda' and self.precision != 'float32' else 'float32'
+
+    def number_of_epochs(self)->int:
+        "The epochs, where they are a number"
+        return check_count('epochs', self.epochs, hint=", here: 'fit' is for `fit`, which chooses "
+                           'the number where a time_budget is given')
+
     def identity(self)->dict[str, Any]:
         """What makes two runs the same run: what was always part of it, and of the parameters that
         came later those that are not at their defaults. Files count by what they hold when it is
@@ -229,6 +244,8 @@ def measure_energies(
     seed:int = 0, # seed of the attack's start
     batch_size:int = 500, # images at a time; fewer where the device's memory is too small for them
     progress:Progress|None = None, # steps once a batch
+    precision:str = 'float32', # on CUDA: float32, or tf32
+    check:Callable[[], object]|None = None, # called before each step of the attack; may raise
     # (N,) each, on the CPU: correct_nat, correct_adv, energy_nat, energy_adv, joint_nat,
     # joint_adv, delta
 )->dict[str, Tensor]:
@@ -236,15 +253,20 @@ def measure_energies(
     device, found, part = device_of(model), [], batch_size
     generator, frozen = torch.Generator(device).manual_seed(seed), FrozenCopy(model)
 
+    def attacked(x:Tensor)->Tensor:
+        if check: check()
+        return frozen(x)
+
     def measure(x:Tensor, y:Tensor, start:Tensor)->dict[str, Tensor]:
-        x_adv = pgd(frozen, x, y, eps=eps, step_size=step_size, steps=steps, start=start)
+        x_adv = pgd(attacked if check else frozen, x, y, eps=eps, step_size=step_size,
+                    steps=steps, start=start)
         logits, logits_adv = model(x).float(), model(x_adv).float()
         return dict(correct_nat=(logits.argmax(1) == y).float(),
                     correct_adv=(logits_adv.argmax(1) == y).float(),
                     energy_nat=marginal_energy(logits), energy_adv=marginal_energy(logits_adv),
                     joint_nat=joint_energy(logits, y), joint_adv=joint_energy(logits_adv, y),
                     delta=delta_energy(logits, logits_adv))
-    with eval_mode(model), exact_float32(), kept_rng():
+    with eval_mode(model), arithmetic(precision), kept_rng():
         torch.manual_seed(seed) # of a network that draws in evaluation mode
         for x, y in batches(data.to(device), batch_size):
             start, measured = starting_point(x, eps, generator=generator), None
@@ -326,11 +348,13 @@ def epoch_batches(
     aux:ImageData|None, # synthesised images, on the same device
     config:TrainConfig, # of the run
     generator:torch.Generator, # orders, crops and flips
+    skip:int = 0, # batches to leave out
+    state:Tensor|None = None, # of the generator after them
 )->Iterator[tuple[Tensor, Tensor]]: # x (B, C, H, W) in [0, 1] and y (B,)
     "A random, augmented pass over the images; only the released protocol uses a last short batch"
     n_aux, how = config.aux_images(), config.augmentation()
     for x, y in batches(train, config.batch_size - n_aux, generator=generator, **how,
-                        drop_last=not config.released):
+                        drop_last=not config.released, skip=skip, state=state):
         if n_aux:
             assert aux is not None # `training_data` gives them where the config asks for a share
             chosen = torch.randint(len(aux), (n_aux,), device=x.device, generator=generator)
@@ -356,9 +380,10 @@ def snapshot_indices(
                           device='cpu')[:num_images].sort().values
 
 def _take_snapshot(run:Path, model:nn.Module, epoch:int, train:ImageData, chosen:Tensor,
-                   config:TrainConfig)->None:
+                   config:TrainConfig, check:Callable[[], object])->None:
     images = train[chosen]
-    measured = measure_energies(model, images, **config.selection_attack())
+    measured = measure_energies(model, images, **config.selection_attack(),
+                                precision=config.selection_precision(), check=check)
     save_tensors(snapshot_file(run, epoch),
                  {**measured, 'labels': images.labels, 'indices': chosen},
                  dict(epoch=epoch, config=config.identity(), version=__version__))
@@ -474,17 +499,23 @@ def train_epoch(
     aux:ImageData|None = None, # synthesised images, on the same device
     augmented:bool = True, # crop and flip as the data set allows
     progress:Progress|None = None, # steps once an update
+    # where an earlier call was stopped in this epoch: update, losses, generator, rng
+    within:Mapping[str, Any]|None = None,
+    watch:Watch|None = None, # what may stop it
 )->float: # mean loss
     "One pass over the images; the same, bit for bit, whenever it is repeated from the same state"
-    model, step = training.model, training.step
-    device, losses = next(model.parameters()).device, []
+    model, step, epochs = training.model, training.step, config.number_of_epochs()
+    device, within = next(model.parameters()).device, within or {}
+    losses = list(within['losses'].to(device).unbind()) if within else []
     n_batches, _ = epoch_size(config, len(train), world_size())
 
-    def begin()->tuple[torch.Generator, Iterator[tuple[Tensor, Tensor]]]:
+    def begin(skip:int = 0, state:Tensor|None = None
+              )->tuple[torch.Generator, Iterator[tuple[Tensor, Tensor]]]:
         generator = torch.Generator(device).manual_seed(config.seed*100_003 + epoch)
-        if augmented: return generator, epoch_batches(train, aux, config, generator)
+        at:dict[str, Any] = dict(skip=skip, state=None if state is None else state.cpu())
+        if augmented: return generator, epoch_batches(train, aux, config, generator, **at)
         return generator, batches(train, config.batch_size, generator=generator,
-                                  drop_last=not config.released)
+                                  drop_last=not config.released, **at)
 
     row = training.objective or config.row
     def share(x:Tensor, y:Tensor, generator:torch.Generator)->tuple[Tensor, Tensor, Tensor|None]:
@@ -498,28 +529,39 @@ def train_epoch(
         generator, parts = begin()
         attacked = row.needs_adv and hasattr(step, 'attack')
         for x, y in islice(parts, -(-2000//config.batch_size)):
+            if watch and world_size() == 1: watch.check()
             x, y, start = share(x, y, generator)
             if row.needs_clean or not attacked: yield x
             if attacked: yield step.attack(x, y, generator=generator, start=start)
 
-    weighted = epoch > int(.75*config.epochs) # MAIL's burn-in: 75 of 100 epochs
-    generator, parts = begin()
+    weighted = epoch > int(.75*epochs) # MAIL's burn-in: 75 of 100 epochs
+    done = within.get('update', 0)
+    generator, parts = begin(done, within.get('generator'))
+
+    def position()->dict[str, Any]:
+        "All that decides how the epoch goes on; every process has its own global generators"
+        return dict(update=len(losses), losses=torch.stack(losses),
+                    generator=generator.get_state(), rng=everyones(generator_states(device)))
     with kept_rng(): # what draws from the global generator, as dropout does, begins here anew
         torch.manual_seed((config.seed*100_003 + epoch)*1009 + rank())
-        for i, (x, y) in enumerate(parts):
-            training.begin((epoch - 1)*n_batches + i, config.epochs*n_batches)
+        if rank() < len(within.get('rng', ())): set_generator_states(within['rng'][rank()], device)
+        for i, (x, y) in enumerate(parts, done):
+            training.begin((epoch - 1)*n_batches + i, epochs*n_batches)
             where = f'epoch {epoch}, update {i + 1} of {n_batches}'
             x, y, start = share(x, y, generator)
             with _fits_in_memory(where, config):
                 loss = step(x, y, weighted=weighted, generator=generator, start=start)
-            if i == 0: _check_step(model, loss)
-            loss = all_mean(loss.detach())
+            if i == done: _check_step(model, loss)
+            loss, left = all_mean(loss.detach()), n_batches - 1 - i
             # A NaN stays: a GPU is not made to wait for the check of every update
-            if device.type == 'cpu' or i % 25 == 24 or i == n_batches - 1:
-                check_finite(model, loss, where)
+            looked = (device.type == 'cpu' or i % 25 == 24 or not left
+                      or watch is not None and world_size() == 1 and bool(watch.code(left)))
+            if looked: check_finite(model, loss, where)
             training.end()
             losses.append(loss)
             if progress: progress.step()
+            if watch: watch.updates += 1
+            if watch and looked: watch.after(position, left)
         if training.average is not None:
             with exact_float32(): update_batchnorm(training.average, seen())
     return torch.stack(losses).mean().item()
@@ -533,6 +575,14 @@ class TrainResult:
     best_epoch:int # epoch of the selected model
     model:nn.Module # the selected model, in eval mode
     taken_up:int # epochs that an earlier call had already trained
+    epochs:int = 0 # of the whole run; `history` has those that were run
+    # by what it was stopped before its end: budget, or a signal's name; None: it is finished
+    stopped:str|None = None
+    updates:int = 0 # of the epoch in which it was stopped
+
+    def how_far(self)->str: # for example 3 of 100 epochs
+        "How far the run is, in words"
+        return how_far(self.stopped, len(self.history), self.epochs, self.updates)
 
 @defaults(torch.float32, 'cpu') # as they are in the processes of a run with several
 def fit(
@@ -547,11 +597,15 @@ def fit(
     num_nodes:int = 1, # machines that call this together, with one run_dir that all of them see
     node_rank:int = 0, # number of this machine
     rdzv_endpoint:str|None = None, # host:port on machine 0 where several machines meet
-    # epochs after which to keep the energies of training images in snapshots/; 0: before training
-    snapshots:Collection[int] = (),
+    # epochs after which to keep the energies of training images in snapshots/; 0: before training;
+    # a number: every so many epochs, from 0 on
+    snapshots:Collection[int]|int = (),
     # how many images, the same ones in every snapshot; all where there are fewer
     snapshot_images:int = 500,
-)->TrainResult: # the finished run
+    # time for training and what follows it: '90s', '2h30m', seconds, or a `Budget`, which says from
+    # when it counts; None: no limit
+    time_budget:str|float|Budget|None = None,
+)->TrainResult: # the finished run, or how far it is where time was up
     "Train adversarially, keep the model with the best held-out PGD accuracy (supplement A.3, A.6)"
     if recipe is not None: config = replace(config, recipe=recipe)
     check_launch(num_processes, num_nodes, node_rank, rdzv_endpoint, config.device)
@@ -559,10 +613,12 @@ def fit(
     if config.batch_size % processes:
         raise ValueError(f'batch_size = {config.batch_size} cannot be shared equally by '
                          f'{processes} processes: take a multiple of {processes}')
-    snapshots = sorted(set(snapshots))
-    if wrong := [e for e in snapshots if not 0 <= e <= config.epochs]:
-        raise ValueError(f'snapshots = {snapshots} is not allowed: there is no epoch {wrong[0]}, '
-                         f'they go from 0 (before training) to {config.epochs}')
+    budget = (time_budget if time_budget is None or isinstance(time_budget, Budget)
+              else Budget(time_budget))
+    if config.epochs == 'fit' and budget is None:
+        raise ValueError("epochs = 'fit' needs a time_budget, such as 90s or 2h30m: it is as many "
+                         'epochs as there is time for')
+    snapshots = _snapshot_epochs(snapshots, config.epochs)
     snapshot_images = check_count('snapshot_images', snapshot_images)
     data = training_data(config) # before the folder is made: wrong data leave no trace
     updates, _ = epoch_size(config, len(data[0]), processes)
@@ -570,31 +626,82 @@ def fit(
     if config.arch not in ARCHS or config.recipe is not None:
         model = _new_model(config, data[0]).to(config.device)
         if config.sync_batchnorm and processes > 1: synchronise_batchnorm(model)
-        _try(make_training(model, config), config.epochs*updates)
+        once = config if config.epochs != 'fit' else replace(config, epochs=1)
+        _try(make_training(model, once), once.epochs*updates)
     run_dir = as_path(run_dir)
     run = run_dir.resolve()
-    with lock_run(run) if node_rank == 0 else nullcontext():
+    fresh = not run.exists()
+    selected:nn.Module|None = None
+    found:dict[str, Any]|None = None
+    with (stop_on_signal(run/STOPPING) as stop, lock_run(run) if node_rank == 0 else nullcontext()):
         if node_rank == 0:
-            # a folder in which no epoch has ended holds no run yet
-            begun = ('state*.safetensors', 'metrics.jsonl', 'snapshots')
-            if resume and not any(found for name in begun for found in run.glob(name)):
-                (run/'config.json').unlink(missing_ok=True)
+            config, identity = _chosen(config, run)
+            # a folder without a state holds no run yet
+            if resume and not _has_begun(run):
+                for name in ('config.json', 'timing.jsonl'): (run/name).unlink(missing_ok=True)
             usual = {f.name: f.default for f in fields(TrainConfig) if f.name not in _PLACE}
-            open_run(run, config.identity(), resume, usual)
-            taken_up = _mend_state(run)
-        else: taken_up = len(_read_state(run)[1]) if (run/_STATE).exists() else 0
-        if processes == 1: _fit(config, run, *data, snapshots, snapshot_images)
+            open_run(run, identity, resume, usual)
+            taken_up = mend_state(run)
+        else: taken_up = len(read_state(run)[1]) if (run/STATE).exists() else 0
+        if processes == 1:
+            found = _fit(config, run, *data, snapshots, snapshot_images, stop, budget)
         else:
             values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
-            launch('weat_nb.train:fit_worker',
-                   [values, str(run), snapshots, snapshot_images, config.identity()],
-                   num_processes=num_processes, num_nodes=num_nodes, node_rank=node_rank,
-                   rdzv_endpoint=rdzv_endpoint, device=config.device)
+            found = launch(
+                'weat_nb.train:fit_worker',
+                [values, str(run), snapshots, snapshot_images, config.identity(),
+                 None if budget is None else budget.as_json()],
+                num_processes=num_processes, num_nodes=num_nodes, node_rank=node_rank,
+                rdzv_endpoint=rdzv_endpoint, device=config.device)
+        if found is None: # of another machine, or stopped by a signal to this process
+            found = read_json(run/STOPPED) if (run/STOPPED).exists() else {}
+        if budget: budget.images = found.get('images', budget.images) # as another process chose
+        if 'nothing' in found and node_rank == 0 and not _has_begun(run):
+            (run/'config.json').unlink()
         history = read_lines(run/'metrics.jsonl')
-        model, _ = load_checkpoint(run/'best.safetensors', device=config.device,
-                                   arch=config.arch if is_own_arch(config.arch) else None)
+        by = found.get('by') or stop.asked
+        if 'nothing' not in found and by in (None, 'budget') and history:
+            selected, _ = load_checkpoint(run/'best.safetensors', device=config.device,
+                                          arch=config.arch if is_own_arch(config.arch) else None)
+    if 'nothing' in found:
+        with suppress(OSError):
+            if fresh:
+                (run/'.lock').unlink(missing_ok=True)
+                run.rmdir()
+        raise BudgetError(found['nothing'])
+    of, updates = found.get('of', config.epochs), found.get('updates', 0)
+    if selected is None: raise Stopped(how_far(by, len(history), of, updates), by or 'budget')
     return TrainResult(run_dir, history, best_row(history, _selects(config))['epoch'],
-                       model, taken_up)
+                       selected, taken_up, of, by, updates)
+
+def _snapshot_epochs(snapshots:Collection[int]|int, epochs:Any)->list[int]|int:
+    "Epochs, once their number is known; until then, 'every so many' stays what it is"
+    if isinstance(snapshots, int):
+        every = check_count('snapshots', snapshots)
+        return every if epochs == 'fit' else list(range(0, epochs + 1, every))
+    snapshots = sorted(set(snapshots))
+    if wrong := [e for e in snapshots if e < 0 or epochs != 'fit' and e > epochs]:
+        raise ValueError(f'snapshots = {snapshots} is not allowed: there is no epoch {wrong[0]}, '
+                         f'they go from 0 (before training) to {epochs}')
+    return snapshots
+
+def _has_begun(run:Path)->bool:
+    "Is there anything of a run but its config?"
+    names = ('state*.safetensors', 'metrics.jsonl', 'snapshots')
+    return any(found for name in names for found in run.glob(name))
+
+_ASKED = dict(epochs_asked='fit') # beside the number that was chosen
+
+def _chosen(config:TrainConfig, run:Path)->tuple[TrainConfig, dict[str, Any]]:
+    "A config with the number of epochs that an earlier call chose, and what config.json is to say"
+    if config.epochs != 'fit': return config, config.identity()
+    asked, there = config.identity() | _ASKED, {}
+    if (run/'config.json').exists(): there = read_json(run/'config.json')
+    chosen = there.get('epochs', 'fit')
+    if chosen == 'fit' or differences({**there, 'epochs': 'fit'}, json.loads(json.dumps(asked))):
+        return config, asked
+    config = replace(config, epochs=chosen)
+    return config, config.identity() | _ASKED
 
 def _selects(config:TrainConfig)->str|None:
     "What `best_row` is told: without an attack in training clean accuracy selects"
@@ -603,151 +710,224 @@ def _selects(config:TrainConfig)->str|None:
 def fit_worker(
     values:dict[str, Any], # fields of a TrainConfig
     run:str, # the run folder, which the caller has opened and locked
-    snapshots:Collection[int] = (), # of `fit`
+    snapshots:Collection[int]|int = (), # of `fit`
     snapshot_images:int = 500, # of `fit`
     identity:dict[str, Any]|None = None, # of the caller's config; None: not compared
-)->None:
-    "What each of several processes runs; one killed, all begin again after the last whole epoch"
+    budget:dict[str, Any]|None = None, # of the caller, as `Budget.as_json` gives it
+)->dict[str, Any]: # how far it came
+    "What each of several processes runs; one killed, all begin again from the last state"
     config = TrainConfig(**values)
     if identity and (other := differences(identity, json.loads(json.dumps(config.identity())))):
         raise ValueError(f'files of the run {run} have changed since it began ({other}): '
                          'put them back, or begin another run')
-    _fit(config, Path(run), *training_data(config), snapshots, snapshot_images)
+    with stop_on_signal() as stop:
+        found = _fit(config, Path(run), *training_data(config), snapshots, snapshot_images, stop,
+                     None if budget is None else Budget.from_json(budget))
+    if stop.asked: # a launcher that was told to stop, too, would let it wait for half a minute
+        leave = threading.Timer(3., os._exit, (0,))
+        leave.daemon = True
+        leave.start()
+    return found
 
-# %% ../nbs/04_train_weat.ipynb #e7c120c5
-_STATE, _PREVIOUS = 'state.safetensors', 'state.previous.safetensors'
-
-def _read_state(run:Path, device:str|torch.device = 'cpu')->tuple[dict[str, Any], list[dict]]:
-    "State of training and best weights, by name, and history after the last whole epoch"
-    tensors, metadata = load_tensors(run/_STATE, device=device)
-    with reading(run/_STATE, 'is no state of a run', 'it is another file of that name',
-                 LookupError, error=CheckpointError):
-        if 'state' in metadata: return unpack(tensors, metadata['state']), metadata['history']
-        # of a run begun when SGD's momentum was all that was kept beside the weights
-        groups:dict[str, Any] = dict(model={}, momentum={}, best={})
-        for name, t in tensors.items():
-            group, _, rest = name.partition('.')
-            groups[group][rest] = t
-        return groups, metadata['history']
-
-def _mend_state(run:Path)->int:
-    "Put the previous state in the place of one damaged or gone; the number of epochs done"
-    state, previous = run/_STATE, run/_PREVIOUS
-    try:
-        return (len(_read_state(run)[1])
-                if state.exists() or previous.exists() or read_lines(run/'metrics.jsonl') else 0)
-    except (CheckpointError, FileNotFoundError) as e: wrong = e
-    try:
-        tensors, metadata = load_tensors(previous)
-        done = len(metadata['history'])
-    except (CheckpointError, FileNotFoundError, KeyError):
-        raise CheckpointError(f'{wrong}; no state of an earlier epoch is left: '
-                              'restore the file, or name another run_dir') from wrong
-    warnings.warn(f'{wrong}. The run goes on after epoch {done}, from {previous.name}',
-                  stacklevel=3)
-    if state.exists(): os.replace(state, run/'state.damaged.safetensors')
-    save_tensors(state, tensors, metadata)
-    return done
-
-def _keep_previous(run:Path)->None:
-    "Give the state about to be replaced a second name; `state.safetensors` is there all the time"
-    part = run/f'.{_PREVIOUS}.previous.part' # a name that `open_run` clears away
-    part.unlink(missing_ok=True)
-    try: os.link(run/_STATE, part)
-    except OSError: shutil.copyfile(run/_STATE, part) # a file system without links
-    os.replace(part, run/_PREVIOUS)
-
-def _commit(run:Path, training:Training, history:list[dict], best:dict[str, Tensor])->None:
-    "One atomic file decides how far the run is; metrics.jsonl follows it"
-    if (run/_STATE).exists(): _keep_previous(run)
-    tensors, note = pack({**training.state_dict(), 'best': best})
-    save_tensors(run/_STATE, tensors, dict(history=history, state=note))
-    write_lines(run/'metrics.jsonl', history)
-
-def _restore(run:Path, training:Training)->tuple[list[dict], dict[str, Tensor]]:
-    "Take up the last whole epoch"
-    state, history = _read_state(run, next(training.model.parameters()).device)
-    best = state.pop('best')
-    if 'momentum' in state: # likewise, by the names of the parameters
-        momentum = state.pop('momentum')
-        optimizer = training.optimizer.state_dict()
-        optimizer['state'] = {i: dict(momentum_buffer=momentum[name]) for i, (name, _)
-                              in enumerate(training.model.named_parameters()) if name in momentum}
-        state['optimizer'] = optimizer
-    training.load_state_dict(state)
-    if is_main(): write_lines(run/'metrics.jsonl', history)
-    return history, best
-
+# %% ../nbs/04_train_weat.ipynb #a04888df
 def _headline(history:list[dict], epochs:int)->str:
     if not history: return f'epoch 1 of {epochs}'
     return (f"epoch {len(history)} of {epochs} done: clean {history[-1]['clean']:.1f} %, "
             f"PGD-20 {history[-1]['pgd']:.1f} % on held-out images")
 
-# %% ../nbs/04_train_weat.ipynb #a04888df
+def _measure_pace(config:TrainConfig, train:ImageData, held_out:ImageData, aux:ImageData|None,
+                  budget:Budget, device:torch.device, each:float, once:float)->Pace:
+    """Time some updates, and a part of a model selection, of a network that is then forgotten;
+    snapshots are of so many images an epoch, and of so many beside"""
+    n_batches, _ = epoch_size(config, len(train), world_size())
+    size, steps, row = config.batch_size, config.attack_steps, config.row
+    pace = Pace(budget, n_batches, len(held_out), size)
+    generator = torch.Generator(device).manual_seed(config.seed)
+
+    def begin(steps:int)->tuple[Training, Callable[[int], float]]:
+        given = replace(config, epochs=1, attack_steps=steps)
+        model = _new_model(given, train).to(device)
+        if given.sync_batchnorm and world_size() > 1: synchronise_batchnorm(model)
+        training = make_training(model, given)
+        x, y = (my_share(t) for t in next(epoch_batches(train, aux, given, generator)))
+
+        def update(images:int)->float: # seconds
+            def once()->None:
+                training.begin(0, n_batches)
+                training.step(x[:images], y[:images], generator=generator)
+                training.end()
+            with _fits_in_memory('the first update', config): return timed(once, device.type)
+        return training, update
+
+    def passes(steps:int)->int: return forward_passes(row, steps)
+    with kept_rng():
+        torch.manual_seed(config.seed)
+        # first with few images and one step, where a whole update could take longer than a minute
+        quick = begin(1)[1] if device.type == 'cpu' and world_size() == 1 else None
+        for images, slack in ((min(8, size), 12), (size, 3)) if quick else ():
+            assert quick is not None
+            guess = quick(images)*size/images*passes(steps)/passes(1)
+            if guess*n_batches > slack*max(budget.left(), 1.): # hopeless
+                image = guess/(passes(steps)*size)*(2*20 + 2)
+                pace.each.append(guess)
+                pace.saw_end(image*(len(held_out) + each), image*len(held_out))
+                pace.shorten_report()
+                return pace
+        training, update = begin(steps)
+        spent, most = 0., min(2., .03*budget.limit)
+        for i in range(12):
+            pace.each.append(update(size))
+            spent += pace.each[-1]
+            if all_max(spent > (most if i else 5.)): break
+        if len(pace.each) > 1: pace.each.popleft() # what a first update prepares
+        if not is_main(): return pace
+        # so many that one step, of four passes, takes a fiftieth of the budget
+        few = .02*budget.limit/(4*pace.update/(passes(steps)*size))
+        some = held_out[:min(500, max(size, int(few)))]
+
+        def measure(precision:str)->float: # seconds an image under PGD-20
+            once = lambda: measure_energies(training.evaluated, some, **config.selection_attack(),
+                                            steps=1, precision=precision)
+            seconds = timed(once, device.type)
+            # without what a first one prepares
+            if seconds < min(1., .02*budget.limit): seconds = timed(once, device.type)
+            return seconds/len(some)*(2*20 + 2)/(2*1 + 2)
+        image = measure(config.selection_precision())
+        if config.selection_precision() != 'float32': pace.slower = measure('float32')/image
+    average = min(-(-2000//size), n_batches)*pace.update if training.average is not None else 0.
+    pace.saw_end(image*(len(held_out) + each) + average, image*len(held_out))
+    pace.once = image*once
+    pace.shorten_report()
+    # state, last and best weights: written and hashed at some 100 MB/s
+    pace.finish = .3 + 5*4*sum(p.numel() for p in training.model.parameters())/1e8
+    return pace
+
 def _fit(config:TrainConfig, run:Path, train:ImageData, held_out:ImageData, aux:ImageData|None,
-         snapshots:Collection[int], snapshot_images:int)->None:
+         snapshots:Collection[int]|int, snapshot_images:int, stop:Stop, budget:Budget|None = None
+         )->dict[str, Any]:
+    "Train; how far it came, or why nothing was done"
     device = (torch.device('cuda', torch.cuda.current_device()) if config.device == 'cuda'
               else torch.device(config.device))
+    train, held_out, aux = (train.to(device), held_out.to(device),
+                            aux.to(device) if aux is not None else None)
+    pace, n_batches, images = None, *epoch_size(config, len(train), world_size())
+    chosen = snapshot_indices(len(train), snapshot_images, config.seed)
+    if config.epochs == 'fit':
+        assert budget is not None # `fit` asks for one
+        every = snapshots if isinstance(snapshots, int) else math.inf
+        pace = _measure_pace(config, train, held_out, aux, budget, device, len(chosen)/every,
+                             len(chosen)*(1 if isinstance(snapshots, int) else len(snapshots)))
+        epochs = all_max(pace.epochs_that_fit() if is_main() else 0)
+        if not epochs: return dict(nothing=pace.why_not() if is_main() else '')
+        config = replace(config, epochs=epochs)
+        if is_main():
+            write_text(run/'config.json', json.dumps(config.identity() | _ASKED, indent=1) + '\n')
+    wanted = _snapshot_epochs(snapshots, config.epochs)
+    snapshots = wanted if isinstance(wanted, list) else [] # a number only before it is known
     model = _new_model(config, train).to(device)
     if config.sync_batchnorm and world_size() > 1: synchronise_batchnorm(model)
     training = make_training(model, config)
-    n_batches, images = epoch_size(config, len(train), world_size())
     history:list[dict[str, float]] = []
     best:dict[str, Tensor] = {}
+    within:dict[str, Any]|None = None # the position in an epoch that was begun
     timings = read_lines(run/'timing.jsonl') if is_main() else []
-    if (run/_STATE).exists(): history, best = _restore(run, training)
-    train, held_out, aux = (train.to(device), held_out.to(device),
-                            aux.to(device) if aux is not None else None)
+    if (run/STATE).exists(): history, best, within = restore(run, training)
+    before, epochs = len(history), config.epochs
+    done = within['update'] if within else 0
+    # before files are written: other snapshots than those there are, and too little time
+    if is_main(): _check_snapshots(run, snapshots, chosen, before + bool(within))
+    if budget and not pace and before < epochs:
+        pace = _measure_pace(config, train, held_out, aux, budget, device,
+                             len(chosen)*(before + 1 in snapshots), 0.)
+        why = pace.why_not(done) if is_main() and not history else None
+        if all_max(why is not None): return dict(nothing=why or '')
+    progress = Progress(epochs*n_batches, _headline(history, epochs), done=before*n_batches + done,
+                        show=is_main() and before < epochs)
+    keeper, code, by = Keeper(run, training) if is_main() else None, 0, None
+    watch = Watch(stop, pace) if keeper is None else Watch(
+        stop, pace, lambda at: keeper.keep(history, best, at), keeper.due)
+    # before training, or of an epoch that an earlier call did not keep
+    if (is_main() and before in snapshots and not within
+            and not snapshot_file(run, before).exists()):
+        with suppress(Interrupted): # before the next update all agree on it
+            _take_snapshot(run, training.evaluated, before, train, chosen, config, watch.check)
 
-    before, chosen = len(history), snapshot_indices(len(train), snapshot_images, config.seed)
-    if is_main():
-        _check_snapshots(run, snapshots, chosen, before)
-        # before training, or of an epoch that an earlier call did not keep
-        if before in snapshots and not snapshot_file(run, before).exists():
-            _take_snapshot(run, training.evaluated, before, train, chosen, config)
-    progress = Progress(config.epochs*n_batches, _headline(history, config.epochs),
-                        done=before*n_batches, show=is_main() and before < config.epochs)
-    for epoch in range(before + 1, config.epochs + 1):
-        start_time = time.perf_counter()
-        loss = train_epoch(training, train, epoch, config, aux=aux, progress=progress)
-        seconds = time.perf_counter() - start_time
-        if is_main():
-            try:
-                kept = training.evaluated
-                measured = measure_energies(kept, held_out, **config.selection_attack())
-                if epoch in snapshots: _take_snapshot(run, kept, epoch, train, chosen, config)
-            except FloatingPointError as e:
-                raise NonFiniteError(f'held-out images after epoch {epoch}: {e}. {_ADVICE}') from e
-            late = dict(selectable=10*epoch > 9*config.epochs) if config.released else {}
-            history.append(dict(epoch=epoch, updates=epoch*n_batches,
-                                lr=float(training.optimizer.param_groups[0]['lr']), loss=loss,
-                                **summarise(measured), **late))
-            if best_row(history, _selects(config))['epoch'] == epoch:
-                best = {k: v.detach().clone() for k, v in kept.state_dict().items()}
-            timing = dict(epoch=epoch, seconds=round(seconds, 3),
-                          images_per_second=round(images/seconds, 1),
-                          device=config.device, processes=world_size())
-            timings = [*(t for t in timings if t['epoch'] < epoch), timing]
-            # before the state: an epoch that is done lacks no line
-            write_lines(run/'timing.jsonl', timings)
-            _commit(run, training, history, best)
-            progress.step(_headline(history, config.epochs), by=0)
-        barrier()
-    progress.close()
-    if not is_main(): return
-    metadata = dict(config=config.identity(), history=history, version=__version__)
+    def end_of_epoch(epoch:int, loss:float, seconds:float)->None:
+        nonlocal timings, best
+        start, kept = time.perf_counter(), training.evaluated
+        try:
+            measured = measure_energies(kept, held_out, **config.selection_attack(),
+                                        precision=config.selection_precision(), check=watch.check)
+            selection = time.perf_counter() - start
+            if epoch in snapshots:
+                _take_snapshot(run, kept, epoch, train, chosen, config, watch.check)
+            if pace: pace.saw_end(time.perf_counter() - watch.last, selection)
+        except FloatingPointError as e:
+            raise NonFiniteError(f'held-out images after epoch {epoch}: {e}. {_ADVICE}') from e
+        late = dict(selectable=10*epoch > 9*epochs) if config.released else {}
+        history.append(dict(epoch=epoch, updates=epoch*n_batches,
+                            lr=float(training.optimizer.param_groups[0]['lr']), loss=loss,
+                            **summarise(measured), **late))
+        if best_row(history, _selects(config))['epoch'] == epoch:
+            best = {k: v.detach().clone() for k, v in kept.state_dict().items()}
+        timing = dict(epoch=epoch, seconds=round(seconds, 3),
+                      images_per_second=round(images/seconds, 1), device=config.device,
+                      processes=world_size(), selection=config.selection_precision())
+        timings = [*(t for t in timings if t['epoch'] < epoch), timing]
+        # before the state: an epoch that is done lacks no line
+        write_lines(run/'timing.jsonl', timings)
+        assert keeper is not None
+        keeper.keep(history, best)
+        progress.step(_headline(history, epochs), by=0)
+    try:
+        for epoch in range(before + 1, epochs + 1):
+            watch.report = bool(history)
+            watch.begin(n_batches - done, within)
+            if is_main(): (run/STOPPED).unlink(missing_ok=True)
+            loss = train_epoch(training, train, epoch, config, aux=aux, progress=progress,
+                               within=within, watch=watch)
+            within, done = None, 0
+            if is_main():
+                try: end_of_epoch(epoch, loss, time.perf_counter() - watch.started)
+                except Interrupted as e: code = e.code
+            if code := all_max(code): raise Interrupted(code)
+    except Interrupted as e:
+        by = e.by
+        if keeper and (history or watch.at): keeper.keep(history, best, watch.at, now=True)
+    finally:
+        if keeper: keeper.close()
+    found:dict[str, Any] = dict(by=by, epochs=len(history), of=epochs,
+                                updates=watch.at['update'] if by and watch.at else 0)
+    progress.close(how_far(**found) if by else None)
+    if is_main(): _finish(config, run, training, history, best, found)
+    return found | (dict(images=pace.budget.images) if pace else {})
+
+def _finish(config:TrainConfig, run:Path, training:Training, history:list[dict],
+            best:dict[str, Tensor], found:dict[str, Any])->None:
+    "Weights, best and last; how far a run is that was stopped"
+    stopped = dict(stopped=found) if found['by'] else {}
+    if found['by'] and (run/STATE).exists():
+        write_text(run/STOPPED, json.dumps(found) + '\n')
+    elif not found['by']:
+        for name in (STOPPED, PREVIOUS): # of a run that is done, one state is enough
+            (run/name).unlink(missing_ok=True)
+    if not history: return
+    metadata = dict(config=config.identity(), history=history, version=__version__, **stopped)
     kept = training.evaluated
+    if found['updates'] and training.average is not None: # no statistics of its own in an epoch
+        for mine, theirs in zip(kept.buffers(), training.model.buffers()): mine.copy_(theirs)
     save_checkpoint(run/'last.safetensors', kept, metadata=dict(epoch=len(history), **metadata))
     kept.load_state_dict(best)
-    (run/_PREVIOUS).unlink(missing_ok=True) # of a run that is done, one state is enough
     save_checkpoint(run/'best.safetensors', kept,
                     metadata=dict(epoch=best_row(history, _selects(config))['epoch'], **metadata))
+
 
 # %% ../nbs/04_train_weat.ipynb #7e73cefe
 def run_name(
     config:TrainConfig, # of the run
 )->str: # for example cifar10-weat_adv-resnet18-s0-1a2b3c4d
-    "A folder name that says what was run; its last part is a digest of the run's identity"
+    """A folder name that says what was run; its last part is a digest of the run's identity, in
+    which epochs = 'fit' counts as that, whatever number is chosen"""
     identity = config.identity()
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     dataset, objective, arch = (re.sub(r'[^\w.-]+', '_', str(name).partition('@')[0]) for name in
@@ -776,12 +956,12 @@ def training_cost(
         config.arch, config.dataset, size,
         f'{own_content("arch", config.arch)} {dataset_identity(config.dataset)}')
     # with synthesised images some of those are held out
-    held_out = 0 if config.aux_data else config.num_val
+    held_out, epochs = 0 if config.aux_data else config.num_val, config.number_of_epochs()
     updates, images = epoch_size(config, config.num_train or spec.n_train - held_out)
     passes, measuring = (forward_passes(row, config.attack_steps),
-                         flop*config.epochs*config.num_val*(2*20 + 2))
+                         flop*epochs*config.num_val*(2*20 + 2))
     activations = config.batch_size*(row.needs_clean + row.needs_adv)*moved//2 # written once
-    return dict(passes=passes, updates=updates*config.epochs,
-                flop=flop*config.epochs*images*passes + measuring, measuring=measuring,
+    return dict(passes=passes, updates=updates*epochs,
+                flop=flop*epochs*images*passes + measuring, measuring=measuring,
                 memory=parameters*(4*4 + 4*bool(config.average) + 4 + size) + activations
                        + spec.n_train*spec.in_channels*math.prod(height_width(spec.image_size)))
