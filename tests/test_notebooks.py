@@ -16,7 +16,7 @@ sources = sorted(p for p in (root/'nbs').rglob('*.ipynb')
 QUICK = dict(epochs=1, num_train=96, num_val=6, num_test=10, attack_steps=1, batch_size=32)
 PARAMETERS = {
     '08_generate': dict(steps=2, per_class=2, compare_per_class=2),
-    '10_speed': dict(rounds=1, num_images=8, batch_size=8, attack_steps=2),
+    '10_speed': dict(rounds=1, num_images=8, batch_size=8, attack_steps=2, checks=False),
     '09_evaluate': dict(attacks='clean, pgd-5, cw', num_images=20),
     '05_dynamics': dict(objectives='sat, trades', epochs=2, num_train=64, num_val=6, num_images=6,
                         attack_steps=1, batch_size=32, snapshot_every=1, monitor_epochs=1),

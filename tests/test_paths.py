@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import weat_nb
-from weat_nb import (checkpoints, data, dynamics, evaluate, fetch, generate, grid, own, own_data,
-                     pictures, plots, pretrained, records, runs, sweep, train, weights)
+from weat_nb import (check, checkpoints, data, dynamics, evaluate, fetch, generate, grid, own,
+                     own_data, pictures, plots, pretrained, records, runs, sweep, train, weights)
 from weat_nb.checks import as_path
 from weat_nb.models import create_model
 from weat_nb.params import check_param, param
@@ -139,6 +139,9 @@ def test_home_wherever_a_path_is_taken(home, one_thread):
         'runs.read_json.path': lambda: (
             runs.write_text('~/r/record.json', json.dumps(evaluate.evaluate(
                 model, images, **quick).record)), runs.read_json('~/r/record.json')),
+        'check.check_machine.file': lambda: (
+            check.check_machine('cpu', only=['data'], isolated=False, file='~/check.json'),
+            there('check.json')),
         'records.read_record.path': lambda: (records.read_record('~/r/record.json') == record(),),
         'records.read_records.folder': lambda: (records.read_records('~/r') == [record()],),
         'runs.write_file.path': lambda: (runs.write_file('~/b', b'b'), there('b')),
