@@ -88,6 +88,21 @@ FAULTS = Path(__file__).with_name('faults.json')
 def pytest_addoption(parser):
     parser.addoption('--record-faults', action='store_true', help='write into tests/faults.json '
                      'what the tests inject, for nbs/parts/faults.ipynb')
+    parser.addoption('--gpu', action='store_true', help='run the tests that need a CUDA device, '
+                     'and no others, which see none')
+
+
+def pytest_configure(config): # before CUDA is asked for; in subprocesses, too
+    if not config.getoption('--gpu'): os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
+
+def pytest_collection_modifyitems(config, items):
+    needed = [item for item in items if item.get_closest_marker('cuda')]
+    if config.getoption('--gpu'):
+        config.hook.pytest_deselected(items=[item for item in items if item not in needed])
+        items[:] = needed
+    for item in needed if not config.getoption('--gpu') else ():
+        item.add_marker(pytest.mark.skip('needs a CUDA device: pytest --gpu'))
 
 
 @pytest.fixture
