@@ -97,7 +97,6 @@ def _keep_previous(run:Path)->None:
     os.replace(part, run/PREVIOUS)
     # two names of one file, where the last state could not be written, `replace` leaves as they are
     part.unlink(missing_ok=True)
-    part.unlink(missing_ok=True) # two names of one file stay as they are
 
 def _commit(run:Path, tensors:dict[str, Tensor], metadata:dict[str, Any])->None:
     "One atomic file decides how far the run is; metrics.jsonl follows it"

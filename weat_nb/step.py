@@ -55,7 +55,7 @@ def reference_step(
     eps:float, # radius of the l-inf ball, pixels in [0, 1]
     step_size:float, # attack step, pixels in [0, 1]
     steps:int, # attack steps
-    x_adv:Tensor|None = None, # attacked images; None: attack here
+    x_adv:Tensor|None = None, # adversarial examples; None: attack here
     generator:torch.Generator|None = None, # of the attack's start
 )->Tensor: # (), the loss, detached; gradients are left in the parameters
     "An update as the authors compute it (Algorithm 1; float32, nothing hoisted): oracle, yardstick"
@@ -447,7 +447,7 @@ class TrainStep:
         y:Tensor, # (B,) labels
         generator:torch.Generator|None = None, # of the attack's start
         start:Tensor|None = None, # (B, C, H, W) where to begin; None: drawn as the objective says
-    )->Tensor: # (B, C, H, W) attacked images
+    )->Tensor: # (B, C, H, W) adversarial examples
         "The objective's inner maximisation against the model in evaluation mode"
         start = self._begin(x, y, generator, start)
         with arithmetic(self._float32()):
@@ -539,7 +539,7 @@ class TrainStep:
         weighted:bool = True, # False during the burn-in of MAIL
         generator:torch.Generator|None = None, # of the attack's start
         start:Tensor|None = None, # (B, C, H, W) where to begin; None: drawn as the objective says
-        x_adv:Tensor|None = None, # (B, C, H, W) attacked images; None: attack here
+        x_adv:Tensor|None = None, # (B, C, H, W) adversarial examples; None: attack here
     )->Tensor: # (), the loss, detached
         "Attack, then back-propagate the objective; gradients are left in the parameters"
         _check_trainable(self.model)

@@ -766,8 +766,8 @@ def _measure_pace(config:TrainConfig, train:ImageData, held_out:ImageData, aux:I
         quick = begin(1)[1] if device.type == 'cpu' and world_size() == 1 else None
         for images, slack in ((min(8, size), 12), (size, 3)) if quick else ():
             assert quick is not None
-            once = min(quick(images), quick(images)) # the first one prepares a lot
-            guess = once*size/images*passes(steps)/passes(1)
+            faster = min(quick(images), quick(images)) # the first one prepares a lot
+            guess = faster*size/images*passes(steps)/passes(1)
             if guess*n_batches > slack*max(budget.left(), 1.): # hopeless
                 image = guess/(passes(steps)*size)*(2*20 + 2)
                 pace.each.append(guess)
