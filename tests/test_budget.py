@@ -219,6 +219,16 @@ def test_a_network_far_too_large(small, tmp_path, monkeypatch):
     assert sizes == [8, 8]
 
 
+def test_snapshots_are_part_of_the_budget(small, monkeypatch):
+    "Those beside the epochs': so many images at the pace of one"
+    monkeypatch.setattr(train, 'timed', lambda once, device: .01)
+    config = small()
+    kept, held_out, aux = train.training_data(config)
+    pace = train._measure_pace(config, kept, held_out, aux, Budget('1h'), torch.device('cpu'),
+                               0., 7.)
+    assert pace.once == pytest.approx(7*pace.report) and pace.report > 0
+
+
 def test_the_number_that_fits(small, tmp_path, monkeypatch):
     "It is chosen once, before any state is written; the run is that of the number"
     config, run = small(epochs='fit'), tmp_path/'run'
