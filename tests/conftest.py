@@ -154,14 +154,14 @@ def one_thread():
 @pytest.fixture
 def stopped(monkeypatch):
     "stopped(config, run, n): train until the nth update, in which somebody stops it"
-    from weat_nb import train
+    from weat_nb import epoch, train
     def begin(config, run, n=4):
-        check, left = train.check_finite, [n]
+        check, left = epoch.check_finite, [n]
         def stop(*args):
             left[0] -= 1
             if not left[0]: raise KeyboardInterrupt
             check(*args)
         with monkeypatch.context() as patch:
-            patch.setattr(train, 'check_finite', stop)
+            patch.setattr(epoch, 'check_finite', stop)
             with pytest.raises(KeyboardInterrupt): train.fit(config, run)
     return begin

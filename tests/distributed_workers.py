@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from weat_nb.attacks import pgd, starting_point
 from weat_nb.distributed import (
     all_mean, barrier, data_parallel, is_main, my_share, rank, synchronise_batchnorm, world_size,
 )
 from weat_nb.losses import get_objective
 from weat_nb.models import create_model
+from weat_nb.pgd import pgd, starting_point
 
 
 def train(name, updates=5, batch_size=8):

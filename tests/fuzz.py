@@ -41,11 +41,13 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from weat_nb import checkpoints, dynamics, fetch, grid, own_data, pretrained, records, runs, sweep
-from weat_nb.checkpoints import CheckpointError
+from weat_nb import (checkpoints, dynamics, fetch, grid, own_data, pretrained, readers,
+                     record_tables, runs, sweep_table)
 from weat_nb.data import ImageData
-from weat_nb.evaluate import _open_state, _state_sha256, evaluate
+from weat_nb.evaluate import evaluate
+from weat_nb.kept_batches import kept_sha256, open_kept
 from weat_nb.models import create_model
+from weat_nb.tensors import CheckpointError, _digest, load_tensors, save_tensors
 
 FIGURES = Path(__file__).with_name('fuzz.json')
 GIB = 1 << 30
@@ -278,7 +280,7 @@ def signed_anew(rng, data):
         elif kind == 3: tensors[name] = t.double() if t.is_floating_point() else t.float()
         elif kind == 4: tensors[name] = t.unsqueeze(0).clone()
     metadata = json.loads(json.dumps(metadata))
-    note = dict(sha256=checkpoints._digest(tensors, metadata), metadata=metadata)
+    note = dict(sha256=_digest(tensors, metadata), metadata=metadata)
     return safetensors.torch.save(tensors, {'weat_nb': json.dumps(note)})
 
 
@@ -376,9 +378,9 @@ def written(write, folder, name='good'):
 
 def good_tensors(folder):
     metadata = dict(epoch=1, of='é')
-    return [written(lambda p: checkpoints.save_tensors(p, some_tensors(), metadata), folder)]
+    return [written(lambda p: save_tensors(p, some_tensors(), metadata), folder)]
 
-reader('tensors', good_tensors, checkpoints.load_tensors, (CheckpointError,), 'file.safetensors',
+reader('tensors', good_tensors, load_tensors, (CheckpointError,), 'file.safetensors',
        (as_safetensors,), sealed=True)
 
 
@@ -399,7 +401,7 @@ reader('checkpoint', good_checkpoint, checkpoint_content, (CheckpointError,), 'f
 def good_snapshots(folder):
     values = {f'{k}_{s}': torch.linspace(-1, 1, 4)
               for k in ('energy', 'joint') for s in ('nat', 'adv')}
-    save = lambda epoch: lambda p: checkpoints.save_tensors(p, values, dict(epoch=epoch))
+    save = lambda epoch: lambda p: save_tensors(p, values, dict(epoch=epoch))
     (folder/'snapshots').mkdir()
     written(save(1), folder/'snapshots', 'epoch_0001.safetensors')
     return [written(save(2), folder)]
@@ -486,7 +488,7 @@ def folder_content(path): return own_data.read_own(path.parent.parent)[0]
 reader('folder', lambda folder: list(good_pictures(folder)), folder_content, (ValueError,),
        'a/x.png', (as_picture,), shown=shown_of_images)
 reader('jpegs', lambda folder: list(good_pictures(folder))[2:4],
-       lambda p: fetch.decode_jpegs(lambda name: p.read_bytes(), [p.name], 16), (ValueError,),
+       lambda p: readers.decode_jpegs(lambda name: p.read_bytes(), [p.name], 16), (ValueError,),
        'x.jpg')
 
 
@@ -501,7 +503,7 @@ def as_idx(rng, data):
     return bytes([0, 0, 8, len(shape)]) + np.array(shape, '>u4').tobytes() + data[16:]
 
 reader('idx', lambda folder: [idx(some_images()[0]), idx(np.arange(5, dtype=np.uint8))],
-       lambda p: fetch.read_idx(p.read_bytes(), p), (ValueError,), mutations=(as_idx,))
+       lambda p: readers.read_idx(p.read_bytes(), p), (ValueError,), mutations=(as_idx,))
 
 
 def good_gz(folder): return [gzip.compress(idx(some_images()[0]), mtime=0)]
@@ -522,7 +524,7 @@ def good_batches(folder):
         b"tbU\x06labelsq\x08]q\t(K\x06K\x03eU\x0bbatch_labelq\nU\x04testq\x0bu.")
     return [old, pickle.dumps({'label_names': ['a', 'b'], 'num_vis': 3072}, protocol=0)]
 
-reader('unpickle', good_batches, lambda p: fetch.unpickle(p.read_bytes(), p),
+reader('unpickle', good_batches, lambda p: readers.unpickle(p.read_bytes(), p),
        (pickle.UnpicklingError,), mutations=(as_pickle,), mutants=10_000)
 
 
@@ -553,7 +555,7 @@ def good_tiny(folder):
     (at/'words.txt').write_text('n01\tgoldfish, Carassius\nn02\tsalamander\n')
     return [b'val_0.JPEG\tn01\t0\t0\t62\t62\nval_1.JPEG\tn02\t1\t2\t62\t62\n']
 
-reader('tiny', good_tiny, lambda p: fetch.read_tiny_imagenet(False, p.parents[2]), (ValueError,),
+reader('tiny', good_tiny, lambda p: readers.read_tiny_imagenet(False, p.parents[2]), (ValueError,),
        'tiny-imagenet-200/val/val_annotations.txt')
 
 
@@ -582,7 +584,7 @@ def good_records(folder):
                    key=lambda p: p.stat().st_size)
     return [p.read_bytes() for p in found[:4]]
 
-reader('records', good_records, lambda p: records.read_records(p.parent), (ValueError,),
+reader('records', good_records, lambda p: record_tables.read_records(p.parent), (ValueError,),
        'records/x.json', (as_json,))
 
 
@@ -630,10 +632,10 @@ def good_state(folder):
     del found['sha256']
     STATE.update(identity=found['identity'],
                  settings={name: a['settings'] for name, a in found['attacks'].items()})
-    signed = {**found, 'sha256': _state_sha256(found)}
+    signed = {**found, 'sha256': kept_sha256(found)}
     return [json.dumps(found).encode(), json.dumps(signed).encode()]
 
-def state_content(path): return _open_state(path, **STATE)
+def state_content(path): return open_kept(path, **STATE)
 
 reader('state', good_state, state_content, (ValueError,), 'state.json', (as_json,))
 
@@ -664,7 +666,7 @@ def good_scores(folder):
     (folder/'run/record.json').write_bytes(good_records(folder)[0])
     return good_lines(folder)
 
-reader('scores', good_scores, lambda p: sweep.scores(p.parent.parent), (ValueError,),
+reader('scores', good_scores, lambda p: sweep_table.scores(p.parent.parent), (ValueError,),
        'run/metrics.jsonl', (each_line,))
 
 

@@ -12,18 +12,22 @@ from tiny_net import tiny
 from torch import nn
 
 from weat_nb.attacks import ATTACKS, attack
-from weat_nb.checkpoints import load_tensors
+from weat_nb.config import TrainConfig
 from weat_nb.data import ImageData
 from weat_nb.dynamics import EnergyMonitor, read_snapshots
+from weat_nb.epoch import make_training, train_epoch
 from weat_nb.evaluate import evaluate
+from weat_nb.frozen import FrozenCopy
 from weat_nb.generate import STARTS, Start, class_energies, energy_guided, sgld
-from weat_nb.landscapes import FIXED_STEPS, attack_energies, over_batches, steps_energies
+from weat_nb.landscapes import attack_energies, fixed_steps, over_batches, steps_energies
 from weat_nb.losses import OBJECTIVES
-from weat_nb.measures import extract_features, nearest_images, pairwise_distance
+from weat_nb.measure import measure_energies
+from weat_nb.image_quality import extract_features, nearest_images, pairwise_distance
 from weat_nb.params import resolve_device
-from weat_nb.step import FrozenCopy, StepConfig, TrainStep
+from weat_nb.step import StepConfig, TrainStep
 from weat_nb.subsets import judge_images
-from weat_nb.train import TrainConfig, fit, make_training, measure_energies, train_epoch
+from weat_nb.tensors import load_tensors
+from weat_nb.train import fit
 
 HERE = Path(__file__).parent
 RADII = dict(eps=8/255, step_size=2/255, steps=2)
@@ -218,7 +222,7 @@ def test_monitor():
 
 def test_landscapes():
     model, data = net(), pictures(12)
-    for name in FIXED_STEPS: steps_energies(model, data, name, (0, 2), eps=.1, step_size=.05)
+    for name in fixed_steps(): steps_energies(model, data, name, (0, 2), eps=.1, step_size=.05)
     found = attack_energies(model, data, 'apgd', eps=.1, steps=2)
     assert all(len(v) == 12 and not v.is_cuda for v in found.values())
 

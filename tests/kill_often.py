@@ -26,14 +26,17 @@ tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0 # no thread that might hold the lock at the moment of a fork
 torch.set_num_threads(1) # before a fork: the threads of a pool would not live in the child
 
-from weat_nb import evaluate, pretrained, runs, state, train
+from weat_nb import epoch, evaluate, pretrained, runs, state, train
+from weat_nb.config import TrainConfig
 from weat_nb.data import load_dataset
+from weat_nb.measure import measure_energies
+from weat_nb.step import TrainStep
 
-train.load_dataset = lru_cache(load_dataset) # fifty processes need not unpack it fifty times,
-train.measure_energies = partial(train.measure_energies, steps=1) # nor attack well
+epoch.load_dataset = lru_cache(load_dataset) # fifty processes need not unpack it fifty times,
+train.measure_energies = partial(measure_energies, steps=1) # nor attack well
 state.STATE_EVERY = 0. # a state after every update, so that processes of six updates come on
-CONFIG = train.TrainConfig(num_train=8, num_val=2, attack_steps=1, batch_size=4, epochs=60,
-                           precision='float32', device='cpu')
+CONFIG = TrainConfig(num_train=8, num_val=2, attack_steps=1, batch_size=4, epochs=60,
+                     precision='float32', device='cpu')
 
 
 def train_it(folder): train.fit(CONFIG, folder/'run')
@@ -41,7 +44,7 @@ def train_it(folder): train.fit(CONFIG, folder/'run')
 
 def evaluate_it(folder):
     model = pretrained.load_pretrained('fashion_mini-sat-resnet8')
-    found = evaluate.evaluate(model, train.load_dataset('fashion_mini', 'test')[:100],
+    found = evaluate.evaluate(model, epoch.load_dataset('fashion_mini', 'test')[:100],
                               ['clean', 'pgd-2'], folder/'state.json', batch_size=1, show=False)
     (folder/'result.json').write_text(json.dumps({k: v.tolist() for k, v in found.correct.items()}))
 
@@ -89,7 +92,7 @@ class Half:
 
 def arm(point, count, delay):
     "Prepare this process's death"
-    if point == 'in an update': train.TrainStep.__call__ = counted(count, train.TrainStep.__call__)
+    if point == 'in an update': TrainStep.__call__ = counted(count, TrainStep.__call__)
     if point == 'file not renamed': os.replace = counted(count, os.replace)
     if point == 'file renamed': os.replace = counted(count, os.replace, then=die)
     if point == 'at a random moment':

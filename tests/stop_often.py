@@ -19,21 +19,21 @@ import sys
 import time
 from pathlib import Path
 
-from weat_nb.checkpoints import load_tensors
 from weat_nb.plots import Table
+from weat_nb.tensors import load_tensors
 
 NOTEBOOK = Path(__file__).parent.parent/'nbs/04_train_weat.ipynb'
 GIVEN = dict(epochs='3', attack_steps='2', num_val='200', num_test='100', device='cpu')
 NOTES = """import os, time, zlib
-from weat_nb import train
+from weat_nb.step import TrainStep
 _file = open(os.environ['WEAT_NOTES'], 'a', buffering=1)
 print('kernel', os.getpid(), file=_file)
-_step = train.TrainStep.__call__
+_step = TrainStep.__call__
 def _noted(self, x, *args, **options):
     begun, loss = time.time(), _step(self, x, *args, **options)
     print('update', zlib.crc32(x.numpy().tobytes()), time.time() - begun, file=_file)
     return loss
-train.TrainStep.__call__ = _noted
+TrainStep.__call__ = _noted
 """
 
 

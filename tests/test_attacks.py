@@ -15,10 +15,11 @@ from torch import nn
 
 from record_cw_linf import RECORD, SETTINGS, subject
 from weat_nb import attacks
-from weat_nb.attacks import (ATTACKS, ascent_direction, ascent_loss, attack, dlr_loss, eval_mode,
-                             pgd, pgd_loop, projection, starting_point)
+from weat_nb.attacks import ATTACKS, attack
 from weat_nb.carlini_wagner import cw_l2, cw_linf
-from weat_nb.guards import GradientMaskingWarning
+from weat_nb.guards import GradientMaskingWarning, eval_mode
+from weat_nb.pgd import (ascent_direction, ascent_loss, dlr_loss, pgd, pgd_loop, projection,
+                         starting_point)
 
 RADII = {"linf": .1, "l2": .8}
 
@@ -278,7 +279,8 @@ def test_target_must_differ_for_dlr(net, batch):
 def test_imports_parts_only():
     tree = ast.parse(inspect.getsource(attacks))
     imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level}
-    assert imported == {"autoattack", "carlini_wagner", "checks", "guards"}
+    assert imported == {"attack_names", "attack_rows", "autoattack", "carlini_wagner", "checks",
+                        "guards", "own", "pgd"}
 
 # The registry. Few steps and small prices: a fraction of a second for every attack on this network.
 

@@ -2,13 +2,15 @@
 import ast
 import json
 import re
-from dataclasses import fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import papermill
 import pytest
 from papermill.translators import PythonTranslator
+
+import weat_nb.params
+from weat_nb.params import RULES, cell_parameters
 
 root = Path(__file__).parent.parent
 PARAMETERS = '6 parameters' # of the table of faults
@@ -27,6 +29,7 @@ class Page:
         first = next(i for i, c in enumerate(cells)
                      if 'parameters' in c['metadata'].get('tags', ()))
         last = next(i for i, s in enumerate(sources) if i > first and 'read_parameters(' in s)
+        self.cell = sources[first]
         self.defaults, self.reads = (
             compile('\n'.join(sources[a:b]), path.name, 'exec')
             for a, b in ((first, first + 1), (first + 1, last + 1)))
@@ -42,34 +45,34 @@ class Page:
     def run(self, **parameters):
         "The names after the cell that reads the parameters, injected in papermill's own words"
         injected = PythonTranslator.codify(parameters)
-        namespace = {**self.defined, 'In': ['', injected]}
+        namespace = {**self.defined, 'In': ['', self.cell, injected]}
         exec(self.defaults, namespace)
         exec(injected, namespace)
         exec(self.reads, namespace)
         return namespace
+
+    def run_again(self):
+        "The cell that reads the parameters a second time, by hand"
+        exec(self.reads, self.run())
 
     def refuses(self, **parameters):
         "The text of the error"
         with pytest.raises((ValueError, OSError)) as caught: self.run(**parameters)
         return str(caught.value)
 
-    @property
-    def rules(self):
-        "Name -> rule of the config that `read_parameters` fills"
-        found = {}
+    @cached_property
+    def parameters(self):
+        "Name -> parameter, with the rules of the page's own"
         class Seen(Exception): pass
-        def read_parameters(config_class, namespace):
-            found.update({f.name: dict(f.metadata, default=f.default)
-                          for f in fields(config_class)})
+        own = {}
+        def read_parameters(namespace, **rules):
+            own.update(rules)
             raise Seen
-        page = {**self.defined}
-        exec(self.defaults, page)
-        import weat_nb.params as params
-        before, params.read_parameters = params.read_parameters, read_parameters
-        try: exec(self.reads, {**page, 'read_parameters': read_parameters})
-        except Seen: pass
-        finally: params.read_parameters = before
-        return found
+        with pytest.MonkeyPatch.context() as patch: # a page may import it in the cell that calls it
+            patch.setattr(weat_nb.params, 'read_parameters', read_parameters)
+            with pytest.raises(Seen):
+                exec(self.reads, {**self.defined, 'read_parameters': read_parameters})
+        return cell_parameters(self.cell, {**RULES, **own})
 
 
 page = lru_cache(Page)
@@ -93,58 +96,70 @@ WRONG_TYPES = {
     str: (True, {'sat': 1}, '', '  ', []), bool: (1, 'yes', 0., [True])}
 
 
-def wrong_strings(rule):
+def many(p): return p.rule.many or bool(p.rule.names)
+
+
+def wrong_strings(p):
     "A list is a string only where many are taken, a number only where there are no choices"
-    if not rule['many']: yield ['sat']
-    if rule['choices'] or rule['names']: yield 3
+    if not many(p): yield ['sat']
+    if p.rule.allowed(): yield 3
 
 
-def out_of_range(rule):
+def bounds(p):
+    return {name: bound for name in ('low', 'above', 'high')
+            if (bound := getattr(p.rule, name)) is not None}
+
+
+def out_of_range(p):
     "Values just outside, below and above"
-    step = 1 if rule['kind'] is int else 1e-3
-    if rule['low'] is not None: yield rule['low'] - step
-    if rule['above'] is not None: yield from (rule['above'], rule['above'] - step)
-    if rule['high'] is not None: yield rule['high'] + step
+    step = 1 if p.kind is int else 1e-3
+    for name, bound in bounds(p).items():
+        if name == 'above': yield bound
+        yield bound + step if name == 'high' else bound - step
 
 
 def refused(values, check):
-    """How many values were refused, over all parameters of all pages; `check` looks at rule, value
-    and text of the error"""
+    """How many values were refused, over all parameters of all pages; `check` looks at parameter,
+    value and text of the error"""
     times = 0
     for notebook in NOTEBOOKS:
-        for name, rule in page(notebook).rules.items():
-            for value in values(rule):
+        for name, p in page(notebook).parameters.items():
+            for value in values(p):
                 text = page(notebook).refuses(**{name: value})
-                assert f'{name} = {value!r} is not allowed' in text and check(rule, value, text), (
+                assert f'{name} = {value!r} is not allowed' in text and check(p, value, text), (
                     notebook.stem, text)
                 times += 1
     return times
 
 
 def test_wrong_types(survived):
-    def values(rule):
-        return (*WRONG_TYPES[rule['kind']], *([None] if rule['default'] is not None else []),
-                *(wrong_strings(rule) if rule['kind'] is str else ()))
-    def check(rule, value, text): return 'must be' in text
+    def values(p):
+        return (*WRONG_TYPES[p.kind], *([] if p.optional else [None]),
+                *(wrong_strings(p) if p.kind is str else ()))
+    def check(p, value, text): return 'must be' in text
     survived(PARAMETERS, 'a value of the wrong type', refused(values, check),
              'one error that names the parameter and what it can be; nothing was begun')
 
 
 def test_out_of_range(survived):
-    def values(rule): return out_of_range(rule) if rule['kind'] in (int, float) else ()
-    def check(rule, value, text):
-        return all(f'{rule[bound]:.10g}' in text
-                   for bound in ('low', 'above', 'high') if rule[bound] is not None)
+    def values(p): return out_of_range(p) if p.kind in (int, float) else ()
+    def check(p, value, text): return all(f'{bound:.10g}' in text for bound in bounds(p).values())
     survived(PARAMETERS, 'a number out of range, below and above', refused(values, check),
              'one error with the parameter and its range; nothing was begun')
 
 
+def test_every_number_has_a_bound():
+    free = {(notebook.stem, name) for notebook in NOTEBOOKS
+            for name, p in page(notebook).parameters.items()
+            if p.kind in (int, float) and not bounds(p)}
+    assert not free
+
+
 def test_unknown_choices(survived):
-    def allowed(rule): return rule['choices'] or rule['names'] or ()
-    def values(rule):
-        return (*(f'{n}x' for n in allowed(rule)), *(['zebra'] if allowed(rule) else []))
-    def check(rule, value, text):
-        return all(n in text for n in allowed(rule)) and (
+    def values(p):
+        return (*(f'{n}x' for n in p.rule.allowed()), *(['zebra'] if p.rule.allowed() else []))
+    def check(p, value, text):
+        return all(n in text for n in p.rule.allowed()) and (
             value == 'zebra' or f'{value[:-1]!r}' in text.split('did you mean')[1])
     survived(PARAMETERS, 'a choice that does not exist', refused(values, check),
              'one error with the choices that exist and the nearest; nothing was begun')
@@ -154,7 +169,7 @@ def test_misspelt_names(survived):
     times = 0
     for notebook in NOTEBOOKS:
         names = page(notebook).names
-        assert set(names) == set(page(notebook).rules), notebook.stem
+        assert names == list(page(notebook).parameters), notebook.stem
         for name in names:
             for wrong in {name + 'x', name[0] + name, name[:-1], name.upper(),
                           name.replace('_', '')} - {*names, ''}:
@@ -191,9 +206,10 @@ RUBBISH = { # what is of the right type, and makes no sense
         (dict(attacks='pgd,fap'), "attacks = 'pgd,fap' is not allowed.*did you mean 'fab'"),
         (dict(models='fashion_mini-sat-resnet8,fashion_mini-zat-resnet8'),
          "models = 'fashion_mini-zat-resnet8' is not allowed.*did you mean"),
-        (dict(models=','), 'models = .* is not allowed: name at least one'),
-        (dict(subjects=','), 'subjects = .* is not allowed: name at least one'),
-        (dict(subjects='other'), "subjects names 'other', which is not one of fashion_mini"),
+        (dict(attacks='autoattack'), "attack = 'autoattack' is not allowed.*one of pgd, trades"),
+        (dict(models=','), 'models = .* is not allowed: it must be one or more names'),
+        (dict(subjects=','), 'subjects = .* is not allowed: it must be one or more names'),
+        (dict(subjects='other'), "subjects = 'other' is not allowed.*one of fashion_mini"),
         (dict(dataset='svhn'), "models is needed for dataset = 'svhn'"),
         (dict(num_images=10**6), 'num_images = 1000000 is not allowed.*2000 test images')],
     '07_subsets': [
@@ -209,9 +225,11 @@ RUBBISH = { # what is of the right type, and makes no sense
         (dict(checkpoint='fashion_mini-weat-resnet8'), "checkpoint = 'fashion_mini-weat-resnet8' "
          "is not allowed.*did you mean 'fashion_mini-"),
         (dict(attacks='clean, pgd-x'),
-         "attacks = 'clean, pgd-x' is not allowed: attack = 'pgd-x' is not allowed.*clean, pgd-20"),
-        (dict(attacks=','), "attacks = ',' names no attack"),
-        (dict(attacks='pgd-0'), "attacks = 'pgd-0' is not allowed"),
+         "attacks = 'clean, pgd-x' is not allowed: attack = 'pgd-x' is not allowed.*clean, auto"),
+        (dict(attacks=','), "attacks = ',' is not allowed: it must be one or more of pgd"),
+        (dict(attacks='pgd-0'), "attacks = 'pgd-0' is not allowed: steps = '0'"),
+        (dict(attacks='fab(restart=5)'), "option = 'restart' .* did you mean 'restarts'"),
+        (dict(attacks='fab(restarts=0)'), 'restarts = 0 is not allowed.*at least 1'),
         (dict(mean='.5,x', std='.2'), "mean = 'x' is not allowed.*a number.*one for each channel"),
         (dict(mean='.5', std='0'), "std = '0' is not allowed.*above 0"),
         (dict(mean='nan', std='1'), "mean = 'nan' is not allowed"),
@@ -229,16 +247,20 @@ RUBBISH = { # what is of the right type, and makes no sense
         (dict(objectives='sat trades'), "objectives = 'sat trades' is not allowed.*"
          'one or more of sat, mart, der, der_single_step'),
         (dict(step_ratio=5.),
-         'step_ratio = 5 is not allowed: with eps = 0.3 it must be at most 3.33333'),
-        (dict(objectives='sat', beta=2), 'beta = 2 is not allowed: sat has no second term'),
-        (dict(num_train=10**6), 'num_train = 1000000 is not allowed: fashion_mini has 8000')],
+         'step_ratio = 5.0 is not allowed.* at most 3.33333.*with eps = 0.3'),
+        (dict(objectives='sat', beta=2),
+         'beta = 2.0 is not allowed.*left out: sat has no second term'),
+        (dict(num_train=10**6), 'num_train = 1000000 is not allowed.*fashion_mini has 8000')],
     '12_scaling': [
-        (dict(batch_sizes='8, x'), "batch_sizes = '8, x' is not allowed: whole numbers from 1 up"),
-        (dict(steps='0, 1'), "steps = '0, 1' is not allowed: whole numbers"),
-        (dict(widths=','), "widths = ',' is not allowed: whole numbers"),
-        (dict(processes='1, 3'),
-         "processes = '1, 3' is not allowed: batch_size = 32 cannot be shared equally by 3"),
-        (dict(batch_sizes='99999,'), 'fashion_mini has 8000 training images')],
+        (dict(batch_sizes='8, x'), "batch_sizes = 'x' is not allowed.*a whole number, at least 1"),
+        (dict(steps='0, 1'), "steps = '0' is not allowed.*a whole number, at least 1"),
+        (dict(widths=','), "widths = ',' is not allowed.*a whole number, at least 1"),
+        (dict(processes='1, 3'), "processes = '1, 3' is not allowed: batch_size = 32 cannot be "
+         'shared equally by 3 processes.*auto leaves 3 out'),
+        (dict(processes='auto, 1'), "processes = 'auto' is not allowed.*, auto, or None"),
+        (dict(batch_size=9999), 'batch_size = 9999 is not.*fashion_mini has 8000 training images'),
+        (dict(batch_sizes='99999,'),
+         "batch_sizes = '99999' is not.*fashion_mini has 8000 training images")],
     'index': [
         (dict(records='not/there'), "records = 'not/there' is not allowed.*a folder that is there"),
         (dict(records='file.txt'), "records = 'file.txt' is not allowed")],
@@ -263,9 +285,11 @@ def test_good_values_pass(notebook, nowhere):
     """What the tests above refuse is refused for its value: the defaults, and what papermill makes
     of a command line, are taken"""
     if notebook.stem == 'index': (nowhere/'records').mkdir()
-    names = page(notebook).run()
-    assert any(type(v).__name__ in ('Experiment', 'LandscapeConfig', 'Benchmark')
-               for v in names.values()) or names['found'] == []
+    given = page(notebook).run()['given']
+    assert set(vars(given)) == set(page(notebook).names)
+    for name, p in page(notebook).parameters.items(): # of None the page may make what it means
+        assert p.default in (None, getattr(given, name)), name
+    page(notebook).run_again()
     if 'eps' in page(notebook).names: page(notebook).run(eps='8/255')
     if notebook.stem == 'index': (nowhere/'records').rmdir()
 

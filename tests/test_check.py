@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from mac import Pretend
-from weat_nb import check, machine
+from weat_nb import chapter_checks, check, machine, update_checks, update_time
 from weat_nb.attacks import ATTACKS
+from weat_nb.bench import Bench
 from weat_nb.check import check_machine, main, tables
+from weat_nb.frozen import FrozenCopy
 from weat_nb.losses import OBJECTIVES
-from weat_nb.step import FrozenCopy, TrainStep
+from weat_nb.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 COMMAND = [sys.executable, '-m', 'weat_nb.check']
@@ -53,7 +55,7 @@ def test_a_device_without_float64(monkeypatch):
         def __new__(cls, device='cpu'): return super().__new__(cls, 'cpu')
     monkeypatch.setattr(torch, 'Generator', Generator)
     monkeypatch.setattr(torch.backends.mps, 'is_macos_or_newer', lambda *version: True)
-    b, future = machine.Bench('mps', 'resnet8', 4), torch.__future__
+    b, future = Bench('mps', 'resnet8', 4), torch.__future__
     before = future.get_overwrite_module_params_on_conversion()
     future.set_overwrite_module_params_on_conversion(True)
     try:
@@ -110,7 +112,7 @@ def test_switches_that_are_left_behind(monkeypatch):
         torch.backends.cudnn.allow_tf32 = not before
         yield
     from contextlib import contextmanager
-    monkeypatch.setattr(machine, 'arithmetic', contextmanager(lambda name: leaves()))
+    monkeypatch.setattr(update_checks, 'arithmetic', contextmanager(lambda name: leaves()))
     try: report = here('tf32_switches')
     finally: torch.backends.cudnn.allow_tf32 = before
     assert report['exit_code'] == 1 and 'leaves' in measured(report)['tf32_switches']
@@ -121,8 +123,8 @@ def test_switches_that_are_left_behind(monkeypatch):
     (lambda x, x_adv: x + .09*torch.rand_like(x)*(1 - x), 'of the pixels'),
     (lambda x, x_adv: x_adv[:1], 'x* is')])
 def test_an_attack_that_breaks_its_promise(fault, text, monkeypatch):
-    real = machine.attack
-    monkeypatch.setattr(machine, 'attack', lambda name, model, x, y, **k: fault(
+    real = chapter_checks.attack
+    monkeypatch.setattr(chapter_checks, 'attack', lambda name, model, x, y, **k: fault(
         x, real(name, model, x, y, **k)))
     report = here('attack_pgd')
     assert report['exit_code'] == 1 and text in measured(report)['attack_pgd']
@@ -158,9 +160,9 @@ def test_an_attack_that_is_not_installed(monkeypatch):
 
 
 def test_names():
-    b = machine.Bench('cpu', 'resnet8', 32)
+    b = Bench('cpu', 'resnet8', 32)
     every = machine.line_names(b)
-    assert every == [*machine.CHECKS, *(f'speed_{n}' for n in machine.variants(b))]
+    assert every == [*machine.CHECKS, *(f'speed_{n}' for n in update_time.variants(b))]
     assert machine.line_names(b, ['data', 'attacks']) == ['data'] + [
         n for n in every if n.startswith('attack_')]
     assert machine.line_names(b, skip=['loss_*', 'speed']) == [
@@ -188,9 +190,9 @@ def test_an_unknown_option(capsys):
 
 
 def test_json_is_the_table(tmp_path, capsys, monkeypatch):
-    for name in ('ROUNDS', 'STEPS'): monkeypatch.setattr(machine, name, 1)
-    monkeypatch.setattr(machine, 'ROUND', .02)
-    monkeypatch.setattr(machine, 'machine_rates', lambda *given: (1e11, 1e10))
+    for name in ('ROUNDS', 'STEPS'): monkeypatch.setattr(update_time, name, 1)
+    monkeypatch.setattr(update_time, 'ROUND', .02)
+    monkeypatch.setattr(update_time, 'machine_rates', lambda *given: (1e11, 1e10))
     file = tmp_path/'new'/'check.json'
     code = main(['--device', 'cpu', '--only', 'data,graphs,speed_*r*,speed_b*', '--batch-size', '2',
                  '--json', str(file), '--one-process'])

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from weat_nb.checkpoints import (CheckpointError, file_sha256, load_checkpoint, load_tensors,
-                                 save_checkpoint, save_tensors)
+from weat_nb.checkpoints import load_checkpoint, save_checkpoint
 from weat_nb.models import create_model
 from weat_nb.pretrained import load_weights
+from weat_nb.tensors import CheckpointError, file_sha256, load_tensors, save_tensors
 
 
 def small(arch="resnet8", *args, seed=0, **kwargs):

@@ -22,8 +22,10 @@ import pytest
 import torch
 from PIL import Image
 
-from weat_nb import fetch
-from weat_nb.checkpoints import CheckpointError, load_checkpoint
+from weat_nb import fetch, readers
+from weat_nb.checkpoints import load_checkpoint
+from weat_nb.config import TrainConfig
+from weat_nb.cost import training_cost
 from weat_nb.data import (ImageData, augment, batches, load_dataset, load_images, split_holdout,
                           to_float)
 from weat_nb.evaluate import evaluate
@@ -31,7 +33,8 @@ from weat_nb.generate import Start, sgld
 from weat_nb.models import create_model
 from weat_nb.pictures import image_grid, write_samples
 from weat_nb.pretrained import PUBLIC_MODELS, load_pretrained
-from weat_nb.train import TrainConfig, fit, training_cost
+from weat_nb.tensors import CheckpointError
+from weat_nb.train import fit
 
 
 @pytest.fixture(autouse=True)
@@ -135,10 +138,10 @@ def py2_pickle(obj): # what the published files are: NumPy's old module path
 def small_cifar(server, monkeypatch):
     "CIFAR-10 and CIFAR-100 with three images a batch, served from this machine"
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(fetch, 'CIFAR_URL', server.url)
+    monkeypatch.setattr(readers, 'CIFAR_URL', server.url)
     for k, names in ((10, ['data_batch_1', 'data_batch_2', 'test_batch']),
                      (100, ['train', 'test'])):
-        source, content = fetch.CIFAR[k], {}
+        source, content = readers.CIFAR[k], {}
         for i, name in enumerate(names):
             images = rng.integers(256, size=(3, 3072), dtype=np.uint8)
             content[name] = py2_pickle(
@@ -151,7 +154,7 @@ def small_cifar(server, monkeypatch):
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
         sums = {n: md5(content[n]) for n in content}
-        monkeypatch.setitem(fetch.CIFAR, k, replace(
+        monkeypatch.setitem(readers.CIFAR, k, replace(
             source, md5=md5((server.folder/source.archive).read_bytes()),
             train={n: sums[n] for n in names[:-1]}, test={names[-1]: sums[names[-1]]},
             meta=(meta, sums[meta])))
@@ -202,7 +205,7 @@ def test_cifar_existing_files_are_not_replaced(small_cifar, tmp_path):
 
 
 def test_cifar_without_network(monkeypatch, tmp_path):
-    monkeypatch.setattr(fetch, 'CIFAR_URL', dead_url())
+    monkeypatch.setattr(readers, 'CIFAR_URL', dead_url())
     (tmp_path/'root'/'other').mkdir(parents=True)
     with pytest.raises(ConnectionError) as error: load_dataset('cifar10', 'train', tmp_path/'root')
     text, root = str(error.value), tmp_path/'root'
@@ -223,16 +226,16 @@ def offline(monkeypatch):
 def beside_each_other(monkeypatch, home):
     "The test splits of four data sets below a folder, in small"
     rng = np.random.default_rng(0)
-    row = fetch.CIFAR[10]
+    row = readers.CIFAR[10]
     batch = py2_pickle({'data': rng.integers(256, size=(3, 3072), dtype=np.uint8),
                         'labels': [3, 8, 8]})
     meta = py2_pickle({'label_names': list('abcdefghij')})
-    monkeypatch.setitem(fetch.CIFAR, 10, replace(
+    monkeypatch.setitem(readers.CIFAR, 10, replace(
         row, test={'test_batch': md5(batch)}, meta=('batches.meta', md5(meta))))
     content = {'cifar-10-batches-py/test_batch': batch, 'cifar-10-batches-py/batches.meta': meta}
     for name, array in (('t10k-images-idx3', rng.integers(256, size=(3, 28, 28), dtype=np.uint8)),
                         ('t10k-labels-idx1', np.array([4, 2, 0], np.uint8))):
-        monkeypatch.setitem(fetch.FASHION_MD5, name, md5(idx(array)))
+        monkeypatch.setitem(readers.FASHION_MD5, name, md5(idx(array)))
         content[f'FashionMNIST/raw/{name}-ubyte.gz'] = gzip.compress(idx(array))
         content[f'mnist/{name}-ubyte.gz'] = gzip.compress(idx(array[::-1].copy() + 1))
     tiny = {'wnids.txt': b'n01', 'words.txt': b'n01\tgoldfish',
@@ -272,7 +275,7 @@ def test_svhn_and_weights_near_the_root(offline, monkeypatch, tmp_path):
     (tmp_path/'data'/'checkpoints').mkdir(parents=True)
     file = tmp_path/'data'/'test_32x32.mat'
     scipy_io.savemat(file, {'X': np.zeros((32, 32, 3, 4), np.uint8), 'y': np.array([[10]]*4)})
-    monkeypatch.setitem(fetch.SVHN_MD5, file.name, md5(file.read_bytes()))
+    monkeypatch.setitem(readers.SVHN_MD5, file.name, md5(file.read_bytes()))
     for root in (file, tmp_path, tmp_path/'data'/'svhn', tmp_path/'data'):
         assert load_dataset('svhn', 'test', root).labels.tolist() == [0]*4
     row = PUBLIC_MODELS['cifar10-standard-resnet20']
@@ -295,18 +298,18 @@ def test_without_torchvision(offline, monkeypatch, tmp_path):
 def test_what_is_published_is_what_torchvision_says():
     datasets = pytest.importorskip('torchvision.datasets')
     for k, source in ((10, datasets.CIFAR10), (100, datasets.CIFAR100)):
-        row, meta = fetch.CIFAR[k], source.meta
-        assert fetch.CIFAR_URL + row.archive == source.url
+        row, meta = readers.CIFAR[k], source.meta
+        assert readers.CIFAR_URL + row.archive == source.url
         assert [row.folder, row.archive, row.md5, row.classes, *row.meta] == [
             source.base_folder, source.filename, source.tgz_md5, meta['key'], meta['filename'],
             meta['md5']]
         assert [row.train, row.test] == [dict(source.train_list), dict(source.test_list)]
-    assert [fetch.FASHION_URL] == datasets.FashionMNIST.mirrors
+    assert [readers.FASHION_URL] == datasets.FashionMNIST.mirrors
     assert dict(datasets.FashionMNIST.resources) == {
-        f'{name}-ubyte.gz': digest for name, digest in fetch.FASHION_PACKED_MD5.items()}
+        f'{name}-ubyte.gz': digest for name, digest in readers.FASHION_PACKED_MD5.items()}
     for split in ('train', 'test'):
         url, name, digest = datasets.SVHN.split_list[split]
-        assert (url, digest) == (fetch.SVHN_URL + name, fetch.SVHN_MD5[name])
+        assert (url, digest) == (readers.SVHN_URL + name, readers.SVHN_MD5[name])
 
 
 def test_cifar10_as_published():
@@ -322,7 +325,7 @@ def test_cifar10_as_published():
 @pytest.mark.parametrize('harm', [print, subprocess.Popen, np.load, eval])
 def test_unpickler_builds_arrays_only(harm):
     with pytest.raises(pickle.UnpicklingError, match='not loaded'):
-        fetch.unpickle(pickle.dumps(harm, protocol=2))
+        readers.unpickle(pickle.dumps(harm, protocol=2))
 
 
 # The other formats
@@ -338,7 +341,7 @@ def test_fashion_mnist_places(place, monkeypatch, tmp_path):
                       np.arange(5, dtype=np.uint8))
     parts = {'t10k-images-idx3': images, 't10k-labels-idx1': labels}
     for name, array in parts.items():
-        monkeypatch.setitem(fetch.FASHION_MD5, name, md5(idx(array)))
+        monkeypatch.setitem(readers.FASHION_MD5, name, md5(idx(array)))
         path = tmp_path/(f'FashionMNIST/raw/{name}-ubyte' if place == 'unpacked'
                          else f'{place}{name}-ubyte.gz')
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -357,10 +360,10 @@ def test_fashion_mnist_download(server, monkeypatch, tmp_path):
              't10k-labels-idx1': np.array([4, 2], np.uint8)}
     for name, array in parts.items():
         (server.folder/f'{name}-ubyte.gz').write_bytes(gzip.compress(idx(array)))
-        monkeypatch.setitem(fetch.FASHION_MD5, name, md5(idx(array)))
-        monkeypatch.setitem(fetch.FASHION_PACKED_MD5, name,
+        monkeypatch.setitem(readers.FASHION_MD5, name, md5(idx(array)))
+        monkeypatch.setitem(readers.FASHION_PACKED_MD5, name,
                             md5((server.folder/f'{name}-ubyte.gz').read_bytes()))
-    monkeypatch.setattr(fetch, 'FASHION_URL', server.url)
+    monkeypatch.setattr(readers, 'FASHION_URL', server.url)
     assert load_dataset('fashion_mnist', 'test', tmp_path/'root').labels.tolist() == [4, 2]
     assert files_below(tmp_path/'root'/'FashionMNIST'/'raw') == [
         f'{name}-ubyte.gz' for name in parts]
@@ -372,7 +375,7 @@ def test_svhn(monkeypatch, tmp_path):
     scipy_io.savemat(tmp_path/'test_32x32.mat',
                      {'X': images, 'y': np.array([[10], [1], [9], [10]], np.uint8)})
     name = 'test_32x32.mat'
-    monkeypatch.setitem(fetch.SVHN_MD5, name, md5((tmp_path/name).read_bytes()))
+    monkeypatch.setitem(readers.SVHN_MD5, name, md5((tmp_path/name).read_bytes()))
     data = load_dataset('svhn', 'test', tmp_path)
     assert data.labels.tolist() == [0, 1, 9, 0]
     assert np.array_equal(data.images[2, 1].numpy(), images[:, :, 1, 2])
@@ -423,7 +426,7 @@ def test_tiny_imagenet_folder_and_zip(small_tiny, tmp_path, monkeypatch):
     packed.mkdir()
     with zipfile.ZipFile(packed/'tiny-imagenet-200.zip', 'w') as archive:
         for path in small_tiny.rglob('*'): archive.write(path, path.relative_to(tmp_path))
-    monkeypatch.setattr(fetch, 'TINY_MD5', md5((packed/'tiny-imagenet-200.zip').read_bytes()))
+    monkeypatch.setattr(readers, 'TINY_MD5', md5((packed/'tiny-imagenet-200.zip').read_bytes()))
     assert torch.equal(load_dataset('tiny_imagenet', 'train', packed).images, train.images)
     assert torch.equal(load_dataset('tiny_imagenet', 'test', packed).labels, test.labels)
 
@@ -470,12 +473,12 @@ def test_fashion_mini_is_the_first_of_each_class(split, each):
 
 def test_fashion_classes_are_torchvisions():
     from torchvision.datasets import FashionMNIST
-    assert list(fetch.FASHION_CLASSES) == FashionMNIST.classes
+    assert list(readers.FASHION_CLASSES) == FashionMNIST.classes
 
 
 def test_fashion_mini_damaged_package(monkeypatch, tmp_path):
     (tmp_path/'assets').mkdir()
-    monkeypatch.setattr(fetch, 'files', lambda package: tmp_path)
+    monkeypatch.setattr(readers, 'files', lambda package: tmp_path)
     name = 'fashion-mini-test-images-idx3-ubyte.gz'
     for content in (None, b'', b'cut short'):
         if content is not None: (tmp_path/'assets'/name).write_bytes(content)
@@ -485,10 +488,10 @@ def test_fashion_mini_damaged_package(monkeypatch, tmp_path):
 
 def test_packaged_bytes_are_reproducible():
     "No time stamp and no file name in the gzip headers"
-    for name, checksum in fetch.MINI_SHA256.items():
-        content = (fetch.files('weat_nb')/'assets'/f'fashion-mini-{name}-ubyte.gz').read_bytes()
+    for name, checksum in readers.MINI_SHA256.items():
+        content = (readers.files('weat_nb')/'assets'/f'fashion-mini-{name}-ubyte.gz').read_bytes()
         assert hashlib.sha256(content).hexdigest() == checksum and content[3:8] == bytes(5)
-    assert 'Zalando SE' in (fetch.files('weat_nb')/'assets'/'LICENSE-fashion-mnist').read_text()
+    assert 'Zalando SE' in (readers.files('weat_nb')/'assets'/'LICENSE-fashion-mnist').read_text()
 
 
 # Batches

@@ -18,8 +18,8 @@ from torch import nn
 from weat_nb.distributed import (
     SyncBatchNorm2d, WorkerError, launch, my_share, synchronise_batchnorm,
 )
+from weat_nb.frozen import FrozenCopy
 from weat_nb.models import create_model
-from weat_nb.step import FrozenCopy
 
 here = Path(__file__).parent
 

@@ -12,7 +12,6 @@ import torch
 from test_bad_parameters import page
 
 from weat_nb import dynamics
-from weat_nb.checkpoints import save_tensors
 from weat_nb.dynamics import (
     DivergenceWarning,
     EnergyMonitor,
@@ -27,7 +26,8 @@ from weat_nb.dynamics import (
     snapshot_history,
 )
 from weat_nb.energy import joint_energy, marginal_energy
-from weat_nb.train import snapshot_file
+from weat_nb.measure import snapshot_file
+from weat_nb.tensors import save_tensors
 
 
 def measured(n=40, seed=0):

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from weat_nb.attacks import pgd
 from weat_nb.data import load_dataset
 from weat_nb.energy import (
     NoLogitsWarning, delta_energy, energy_weight, joint_energy, marginal_energy,
 )
 from weat_nb.landscapes import energy_record
 from weat_nb.losses import get_objective
+from weat_nb.pgd import pgd
 from weat_nb.subsets import judge_images
 
 

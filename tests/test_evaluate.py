@@ -25,20 +25,20 @@ from safetensors.torch import save_file
 from test_bad_parameters import page
 from torch import nn
 
-from weat_nb.checkpoints import CheckpointError, save_checkpoint
+from weat_nb.attack_batch import attack_batch
+from weat_nb.checkpoints import save_checkpoint
+from weat_nb.config import from_protocol
 from weat_nb.data import ImageData, load_dataset, to_float
-from weat_nb.evaluate import (
-    EvaluationWarning, _result, attack_batch, evaluate, hardware, load_model, weights_sha256,
-)
+from weat_nb.evaluate import EvaluationWarning, _result, evaluate
+from weat_nb.hardware import hardware
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
-from weat_nb.pretrained import load_pretrained, pretrained_note, publish_model
-from weat_nb.records import (
-    _OBJECTIVES, PAPER_RESULTS, measured_table, not_run_yet, paper_numbers, paper_table,
-    read_records, record_rows, standard_error,
-)
+from weat_nb.pretrained import load_model, load_pretrained, pretrained_note, publish_model
+from weat_nb.record_tables import (_OBJECTIVES, PAPER_RESULTS, measured_table, not_run_yet,
+                                   paper_numbers, paper_table, read_records)
+from weat_nb.records import record_rows, standard_error
 from weat_nb.runs import lock_file, lock_run, write_text
-from weat_nb.train import from_protocol
+from weat_nb.tensors import CheckpointError, weights_sha256
 
 root = Path(__file__).parent.parent
 EPS = dict(eps=.03, step_size=.01, show=False)
@@ -119,7 +119,7 @@ def test_whole_autoattack():
 
 
 def test_pgd_is_pgd():
-    from weat_nb.attacks import pgd
+    from weat_nb.pgd import pgd
     model = tiny()
     data = images_for(model)
     here = evaluate(model, data, ('pgd-20',), **EPS)
@@ -628,7 +628,7 @@ def test_bare_weights_of_timm(tmp_path):
 def folder(chapter, **parameters):
     "The name that a chapter gives its run folder"
     names = page(root/'nbs'/f'{chapter}.ipynb').run(device='cpu', **parameters)
-    if chapter == '09_evaluate': return names['config'].folder()
+    if chapter == '09_evaluate': return names['folder_name']()
     cells = json.loads((root/'nbs'/f'{chapter}.ipynb').read_text(encoding='utf-8'))['cells']
     opens = next(s for c in cells if 'run_dir = open_run(' in (s := ''.join(c['source'])))
     class Opened(Exception): pass
@@ -649,6 +649,20 @@ def folder(chapter, **parameters):
 def test_run_folders_keep_their_names(chapter, parameters, name):
     "Of the first release: a parameter that came later has not orphaned them"
     assert folder(chapter, **parameters) == name
+
+
+@pytest.mark.parametrize('chapter, usual, later', [
+    ('07_subsets', dict(judge='train'), ('judge_epochs', 'num_val', 'weight_decay', 'num_train')),
+    ('11_single_step', dict(objectives='sat, der'), ('beta', 'weight_decay', 'num_train'))])
+def test_run_folders_tell_parameters_apart(chapter, usual, later):
+    "Also those that came later, or whose default is None; but not where it is computed"
+    found = page(root/'nbs'/f'{chapter}.ipynb').run(**usual)
+    first, given = folder(chapter, **usual), vars(found['given'])
+    assert given.keys() - {*found['ALWAYS'], *later} == {'device', 'run_dir', 'root'}
+    for name in later:
+        value = {'weight_decay': 0, 'num_train': 90}.get(name, 4)
+        assert folder(chapter, **{**usual, name: value}) != first, name
+    assert folder(chapter, **usual, run_dir=None) == first
 
 
 def test_run_folders_of_ones_own_go_by_content(own, tmp_path):
@@ -683,7 +697,7 @@ def test_robustbench_says_what_to_do(monkeypatch):
 
 @pytest.mark.parametrize('parameters, message', [
     (dict(atacks='clean'), "unknown parameter 'atacks' - did you mean 'attacks'"),
-    (dict(attacks='clean, fgsm'), "attack = 'fgsm' is not allowed: it must be clean, pgd-20")],
+    (dict(attacks='clean, fgsm'), "attack = 'fgsm' is not allowed: it must be one of pgd, ")],
     ids=lambda v: str(v)[:20])
 def test_bad_parameters_stop_before_any_work(parameters, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -701,13 +715,13 @@ def test_a_record_without_a_place_stops_before_any_work(names, message, tmp_path
     cells = json.loads((root/'nbs/09_evaluate.ipynb').read_text(encoding='utf-8'))['cells']
     run = next(s for s in (''.join(c['source']) for c in cells) if 'record.json' in s
                and 'evaluate(' in s and 'write_text(' in s)
-    config = argparse.Namespace(
+    given = argparse.Namespace(
         checkpoint='', arch=None, dataset='', key=None, root=None, device='cpu', seed=0,
-        num_images=2, batch_size=None, eps=.1, step_size=.1, names=lambda: ['clean'],
-        numbers=lambda name: None, **names)
+        num_images=2, batch_size=None, eps=.1, step_size=.1, attacks='clean', **names)
     model, data = create_model('resnet8', 10, 1, 28).eval(), load_dataset('fashion_mini', 'test')
     with pytest.raises((ValueError, OSError), match=message):
-        exec(run, dict(config=config, load_model=lambda *a, **k: (model, {}, 'fashion_mini'),
+        exec(run, dict(given=given, named={'clean': None}, mean=None, std=None, device='cpu',
+                       load_model=lambda *a, **k: (model, {}, 'fashion_mini'),
                        load_dataset=lambda *a: data, from_protocol=from_protocol, Path=Path,
                        evaluate=evaluate, lock_run=lock_run, write_text=write_text, json=json))
     assert not [p for p in tmp_path.rglob('*') if p.suffix == '.json']

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from test_notebooks import tables
 
+from weat_nb.config import TrainConfig
 from weat_nb.grid import notebook_parameters, read_grid
-from weat_nb.records import measured_table, not_run_yet, read_records
-from weat_nb.train import TrainConfig
+from weat_nb.record_tables import measured_table, not_run_yet, read_records
 
 yaml = pytest.importorskip('yaml')
 root = Path(__file__).parent.parent

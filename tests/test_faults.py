@@ -24,17 +24,20 @@ import torch
 from conftest import FAULTS
 from torch import nn
 
-from weat_nb import fetch, state, train
-from weat_nb.checkpoints import (CheckpointError, load_checkpoint, load_tensors, save_checkpoint,
-                                 save_tensors)
-from weat_nb.data import load_images
+from weat_nb import fetch, measure, readers, state, train
+from weat_nb.checkpoints import load_checkpoint, save_checkpoint
+from weat_nb.config import TrainConfig
+from weat_nb.data import load_dataset, load_images
 from weat_nb.evaluate import evaluate
+from weat_nb.measure import measure_energies
 from weat_nb.models import create_model
+from weat_nb.pgd import pgd
 from weat_nb.plots import Table
 from weat_nb.pretrained import publish_model, read_state_dict
 from weat_nb.runs import lock_run, read_lines, write_file
 from weat_nb.step import TrainStep
-from weat_nb.train import TrainConfig, fit, measure_energies
+from weat_nb.tensors import CheckpointError, load_tensors, save_tensors
+from weat_nb.train import fit
 
 TINY = dict(num_train=64, num_val=4, attack_steps=1, batch_size=32, precision='float32',
             device='cpu')
@@ -220,7 +223,6 @@ def test_two_runs_in_one_folder(tmp_path, survived):
 
 HOLDS = """
 import os, sys, time
-from weat_nb.runs import lock_run
 with lock_run(sys.argv[1]):
     waits = sys.argv[2] == 'with a child' and os.fork() # the child speaks, once it runs
     if not waits: print(os.getpid(), flush=True)
@@ -273,7 +275,7 @@ def damage(good, times=6):
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
     "A run that was stopped after two of three epochs, and the metrics of one that was not"
-    config, real = TrainConfig(epochs=3, **TINY), train.measure_energies
+    config, real = TrainConfig(epochs=3, **TINY), measure_energies
     whole, count = fit(config, tmp_path/'whole'), []
 
     def third(*args, **options):
@@ -353,7 +355,7 @@ def test_damaged_config_and_metrics(stopped, survived):
 
 def test_damaged_packaged_data(tmp_path, monkeypatch, survived):
     assets, count = Path(fetch.__file__).parent/'assets', 0
-    monkeypatch.setattr(fetch, 'files', lambda package: tmp_path)
+    monkeypatch.setattr(readers, 'files', lambda package: tmp_path)
     (tmp_path/'assets').mkdir()
     good = {p.name: p.read_bytes() for p in assets.glob('fashion-mini-*.gz')}
     for name, data in good.items():
@@ -361,7 +363,7 @@ def test_damaged_packaged_data(tmp_path, monkeypatch, survived):
             for other, content in good.items():
                 (tmp_path/'assets'/other).write_bytes(bad if other == name else content)
             with pytest.raises(ValueError, match=re.escape(name) + '.*reinstall weat_nb'):
-                fetch.read_fashion_mini('train' in name)
+                readers.read_fashion_mini('train' in name)
             count += 1
     survived('3 damaged files', 'packaged images: flipped bit, cut', count,
              'named, with what to do')
@@ -370,7 +372,7 @@ def test_damaged_packaged_data(tmp_path, monkeypatch, survived):
 def test_damaged_data_set(tmp_path, monkeypatch, survived):
     "What the user has is named and left alone, never replaced or half believed"
     from torchvision.datasets import CIFAR10
-    monkeypatch.setattr(fetch, 'download', lambda *args, **options: pytest.fail('fetched'))
+    monkeypatch.setattr(readers, 'download', lambda *args, **options: pytest.fail('fetched'))
     folder, good = tmp_path/CIFAR10.base_folder, pickle.dumps(
         {'data': np.zeros((3, 3072), np.uint8), 'labels': [0, 1, 2]}, protocol=2)
     folder.mkdir()
@@ -384,7 +386,7 @@ def test_damaged_data_set(tmp_path, monkeypatch, survived):
         (folder/'test_batch').write_bytes(bad)
         with pytest.raises(ValueError,
                            match='test_batch is not the published file.*delete or move it'):
-            fetch.read_cifar(False, tmp_path)
+            readers.read_cifar(False, tmp_path)
         assert (folder/'test_batch').read_bytes() == bad
     survived('3 damaged files', 'file of a data set: flipped bit, cut', len(damaged),
              'named and left alone, with what to do')
@@ -406,7 +408,7 @@ def test_pickle_bombs(tmp_path, survived):
     with pytest.raises(CheckpointError): load_checkpoint(tmp_path/'zip')
     with pytest.raises(CheckpointError): read_state_dict(bare)
     with pytest.raises(CheckpointError): read_state_dict(tmp_path/'zip')
-    with pytest.raises(pickle.UnpicklingError): fetch.unpickle(bare.read_bytes())
+    with pytest.raises(pickle.UnpicklingError): readers.unpickle(bare.read_bytes())
     with pytest.raises(ValueError): load_images(tmp_path/'bomb.npz')
     assert not (tmp_path/'ran').exists()
     pickle.loads(bare.read_bytes()) # it is one
@@ -595,16 +597,16 @@ def test_device_out_of_memory(tmp_path, monkeypatch, survived):
     """Measuring splits a batch and finds the same; a batch of training is not split, and the error
     says what to lower"""
     model, data = (create_model('resnet8', 10, 1, 28, seed=0),
-                   train.load_dataset('fashion_mini', 'test')[:50])
+                   load_dataset('fashion_mini', 'test')[:50])
     options, count = dict(eps=.1, step_size=.05, steps=3, batch_size=40), []
     whole = measure_energies(model, data, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(train, 'pgd', out_of_memory_above(train.pgd, 12, count))
+        patch.setattr(measure, 'pgd', out_of_memory_above(pgd, 12, count))
         parts = measure_energies(model, data, **options)
     assert count == [40, 20]
     for name in whole: torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-4)
     with monkeypatch.context() as patch:
-        patch.setattr(train, 'pgd', out_of_memory_above(train.pgd, 0, []))
+        patch.setattr(measure, 'pgd', out_of_memory_above(pgd, 0, []))
         with pytest.raises(MemoryError, match='one image does not fit'):
             measure_energies(model, data, **options)
     survived('8 memory of the device', 'out of memory while energies are measured', len(count),
@@ -622,7 +624,7 @@ def test_device_out_of_memory(tmp_path, monkeypatch, survived):
 def test_evaluation_out_of_memory(monkeypatch, survived):
     module, count = sys.modules[evaluate.__module__], []
     model, data = (create_model('resnet8', 10, 1, 28, seed=0).eval(),
-                   train.load_dataset('fashion_mini', 'test')[:50])
+                   load_dataset('fashion_mini', 'test')[:50])
     whole = evaluate(model, data, ['clean', 'pgd-2'], show=False)
     real = module.attack_batch
 

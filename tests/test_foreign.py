@@ -14,16 +14,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from weat_nb.attacks import ATTACKS, attack, pgd
+from weat_nb.attacks import ATTACKS, attack
+from weat_nb.cost import forward_cost
 from weat_nb.data import ImageData
 from weat_nb.energy import NoLogitsWarning
+from weat_nb.frozen import FrozenCopy
 from weat_nb.generate import class_energies, sgld
 from weat_nb.guards import copied, device_of, dtype_of, unwrap, warn_if_masked
 from weat_nb.landscapes import attack_energies
+from weat_nb.measure import measure_energies
 from weat_nb.models import create_model
-from weat_nb.step import FrozenCopy, TrainStep, forward_cost, reference_step
+from weat_nb.pgd import pgd
+from weat_nb.step import TrainStep, reference_step
 from weat_nb.subsets import judge_images
-from weat_nb.train import measure_energies
 
 pytestmark = [pytest.mark.filterwarnings('ignore::DeprecationWarning'),
               pytest.mark.filterwarnings('ignore::FutureWarning')]

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from fuzz import READERS, Reader
 
-from weat_nb import fetch, runs
+from weat_nb import readers, runs
 from weat_nb.data import load_images
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='mutants are tried in a fork')
@@ -195,7 +195,7 @@ def test_signed_anew(tmp_path):
     "Checksums that are right, of content that is not"
     import safetensors.torch
 
-    from weat_nb.checkpoints import _digest
+    from weat_nb.tensors import _digest
     tensors = fuzz.some_tensors()
     def signed(metadata):
         note = dict(sha256=_digest(tensors, metadata), metadata=metadata)
@@ -227,7 +227,7 @@ def test_a_batch_changes_nothing_of_numpy():
     change = (b'cnumpy\ndtype\n(S"u1"\nI00\nI00\ntR(I3\nS">"\nNNNI9\nI-1\nI0\ntb0'
               b'(dS"x"\ncnumpy\nndarray\n(I1\ntRs.') # a dict with an array of one number
     with pytest.raises(pickle.UnpicklingError, match="has no attribute 'array'"):
-        fetch.unpickle(change)
+        readers.unpickle(change)
     assert str(np.dtype('u1')) == 'uint8' and np.dtype('u1').alignment == 1
 
 
@@ -318,4 +318,4 @@ def test_no_reader_catches_everything():
              if 'except Exception' in p.read_text(encoding='utf-8')}
     # around models, modules and notebooks of others, which raise anything; and around the checks
     # of a machine, each of which fails by itself
-    assert catch <= {'attacks', 'guards', 'machine', 'models', 'own', 'probe', 'records', 'sweep'}
+    assert catch <= {'attacks', 'bench', 'guards', 'models', 'own', 'probe', 'schema', 'sweep'}

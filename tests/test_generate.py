@@ -14,7 +14,7 @@ from weat_nb.data import ImageData, load_dataset, to_float
 from weat_nb.generate import (SGLD_PRESETS, STARTS, ClassPCA, LocalPCA, Start, class_energies,
                               class_pca, energy_guided, sgld)
 from weat_nb.grid import notebook_parameters
-from weat_nb.measures import extract_features, feature_measures
+from weat_nb.image_quality import extract_features, feature_measures
 from weat_nb.models import create_model
 from weat_nb.pictures import image_grid, write_gif, write_samples
 from weat_nb.pretrained import load_pretrained, pretrained_note
@@ -348,8 +348,8 @@ def test_shipped_robust_network_generates_and_the_standard_one_does_not(fashion,
 def test_the_judge_of_the_page_is_independent():
     """Another objective and another seed than those of the network that generates, and no part in
     the comparisons"""
-    page = {name: default for name, (_, default)
-            in notebook_parameters(root/'nbs/08_generate.ipynb').items()}
+    page = {name: p.default
+            for name, p in notebook_parameters(root/'nbs/08_generate.ipynb').items()}
     judge, model = (pretrained_note(page[name])[1]['config'] for name in ('judge', 'model'))
     assert (judge['seed'] != model['seed'] and judge['objective'] != model['objective']
             and judge['dataset'] == model['dataset'] == page['dataset'])

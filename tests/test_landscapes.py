@@ -1,19 +1,19 @@
-"""What guards weat_nb.landscapes beyond the chapter: brute-force counts, attacks called directly,
-kept batches, verdicts that can fail."""
+"""What guards weat_nb.landscapes and weat_nb.claims beyond their pages: brute-force counts, attacks
+called directly, kept batches, verdicts that can fail."""
 import matplotlib
 import pytest
 import torch
 
 from weat_nb.attacks import attack
+from weat_nb.claims import attack_claims, auroc, overlap, robustness_claim, steps_claims, valley
 from weat_nb.data import batches, load_dataset
 from weat_nb.energy import delta_energy
-from weat_nb.landscapes import (
-    FIXED_STEPS, _apart, attack_claims, attack_energies, attack_table, auroc, between,
-    energy_record, overlap, over_batches, plot_attack_histograms, plot_steps, plot_violins,
-    robustness_claim, shift, short_name, steps_claims, steps_energies, tidy_energies, valley)
+from weat_nb.frozen import FrozenCopy
+from weat_nb.landscapes import (_apart, attack_energies, attack_table, between, energy_record,
+                                fixed_steps, over_batches, plot_attack_histograms, plot_steps,
+                                plot_violins, shift, steps_energies, tidy_energies)
 from weat_nb.models import create_model
-from weat_nb.plots import axes
-from weat_nb.step import FrozenCopy
+from weat_nb.plots import axes, short_name
 
 matplotlib.use('agg')
 EPS = .1
@@ -97,7 +97,7 @@ def test_energies_are_those_of_the_attack_called_directly(model, data, name, opt
     assert start == len(found['energy_nat']) == 10
 
 
-@pytest.mark.parametrize('name', FIXED_STEPS)
+@pytest.mark.parametrize('name', fixed_steps())
 def test_the_last_step_is_the_registry_s_attack(model, data, name):
     study = steps_energies(
         model, data, name, (0, 1, 3), eps=EPS, step_size=.03, seed=2, batch_size=10)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from weat_nb.attacks import pgd
 from weat_nb.losses import (OBJECTIVES, der_loss, get_objective, kl_divergence, mail_trades_loss,
                             mart_loss, probabilistic_margin, sat_loss, trades_loss, weat_loss)
+from weat_nb.pgd import pgd
 
 GAMMA = dict(der=1., der_single_step=0.) # of the rows
 

@@ -6,19 +6,22 @@ import pytest
 import torch
 
 from mac import MPS, Mac, Pretend, moved
-from weat_nb.attacks import ATTACKS, attack, pgd
+from weat_nb.attack_batch import attack_batch
+from weat_nb.attacks import ATTACKS, attack
+from weat_nb.config import TrainConfig
 from weat_nb.data import ImageData, load_dataset, to_float
 from weat_nb.dynamics import EnergyMonitor
 from weat_nb.energy import delta_energy, energy_weight, joint_energy, marginal_energy
-from weat_nb.evaluate import attack_batch, evaluate
+from weat_nb.evaluate import evaluate
 from weat_nb.generate import Start, class_energies, sgld
 from weat_nb.guards import warn_if_masked
 from weat_nb.landscapes import attack_energies
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
+from weat_nb.pgd import pgd
 from weat_nb.recipes import Training, constant
 from weat_nb.step import StepConfig, TrainStep, reference_step
-from weat_nb.train import TrainConfig, fit
+from weat_nb.train import fit
 
 QUICK = {name: dict(steps=3) for name in ATTACKS} | {
     'square': dict(steps=20), 'cw-l2': dict(steps=5, binary_search_steps=2, initial_const=1.)}

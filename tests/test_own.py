@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from weat_nb import state
-from weat_nb.checkpoints import CheckpointError, load_checkpoint, load_tensors, save_checkpoint
+from weat_nb.checkpoints import load_checkpoint, save_checkpoint
+from weat_nb.config import TrainConfig, run_name
 from weat_nb.data import (
     DATASETS, dataset_identity, dataset_spec, is_own_dataset, load_dataset,
 )
@@ -20,7 +21,8 @@ from weat_nb.losses import OBJECTIVES, get_objective
 from weat_nb.models import create_model, is_own_arch
 from weat_nb.own import is_address, load_own, own_content, own_identity
 from weat_nb.own_data import read_own
-from weat_nb.train import TrainConfig, fit, run_name
+from weat_nb.tensors import CheckpointError, load_tensors
+from weat_nb.train import fit
 
 # images of one's own have no protocol: every setting is given
 GIVEN = dict(epochs=1, eps=.1, step_size=.03, attack_steps=1, batch_size=8, lr=.05,

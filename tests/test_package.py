@@ -41,9 +41,11 @@ import torch
 found['torch'] = list(sys.modules)
 import weat_nb.energy
 found['energy'] = list(sys.modules)
+import weat_nb.tensors, weat_nb.weight_sets, weat_nb.normaliser
+found['tensors'] = list(sys.modules)
 import weat_nb.losses, weat_nb.attacks, weat_nb.trades_ebm
 found['attacks'] = list(sys.modules)
-import weat_nb.generate, weat_nb.measures, weat_nb.pictures
+import weat_nb.generate, weat_nb.image_quality, weat_nb.pictures
 weat_nb.data.load_dataset('fashion_mini', 'train')
 found['generate'] = list(sys.modules)
 print(json.dumps(found))
@@ -57,6 +59,7 @@ def test_light_imports():
     assert done.returncode == 0, done.stderr
     found = {name: set(modules) for name, modules in json.loads(done.stdout).items()}
     assert {m.split('.')[0] for m in found['energy'] - found['torch']} <= {'weat_nb', 'torch'}
+    assert not {'weat_nb.models', 'weat_nb.networks'} & found['tensors'] # files know no network
     assert ('sympy' not in found['attacks'] - found['torch']
             and not {'torchvision', 'matplotlib', 'IPython'} & found['attacks'])
     assert not {'torchvision', 'matplotlib', 'skimage', 'scipy', 'torch_fidelity', 'PIL'

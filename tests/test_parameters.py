@@ -1,7 +1,7 @@
 "`papermill --help-notebook` says of every parameter its type, its default and what it is"
 import ast
 import json
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -13,15 +13,23 @@ from click.testing import CliRunner
 from papermill.cli import papermill
 from papermill.inspection import inspect_notebook
 from papermill.translators import PythonTranslator
-from test_bad_parameters import NOTEBOOKS, page
+from test_bad_parameters import NOTEBOOKS, bounds, many, page
 
-from weat_nb.attacks import pgd
 from weat_nb.checks import check_count, check_images, check_labels, check_number
+from weat_nb.config import TrainConfig, run_name
 from weat_nb.data import load_dataset
 from weat_nb.evaluate import evaluate
 from weat_nb.models import create_model
-from weat_nb.params import check_param, param
-from weat_nb.train import TrainConfig, run_name
+from weat_nb.params import (
+    Rule,
+    _kind_of,
+    cell_parameters,
+    check_param,
+    check_params,
+    read_parameters,
+    taken,
+)
+from weat_nb.pgd import pgd
 
 root = Path(__file__).parent.parent
 KINDS = {'int': int, 'float': float, 'str': str, 'bool': bool}
@@ -55,10 +63,23 @@ def test_every_parameter_is_explained(notebook):
         assert default is not None or 'None' in p['help'], f'{name}: what does None mean?'
 
 
-def test_types_are_those_of_the_config():
-    found = inspect(str(root/'nbs/04_train_weat.ipynb'))
-    assert ({f.name: f.metadata['kind'].__name__ for f in fields(TrainConfig)}.items()
-            <= {n: p['inferred_type_name'] for n, p in found.items()}.items())
+def test_a_config_says_what_the_cell_of_the_training_chapter_says():
+    found = cell_parameters(parameters_cell(root/'nbs/04_train_weat.ipynb'))
+    for f in fields(TrainConfig):
+        p = found[f.name]
+        assert _kind_of(f.type)[0] is p.kind, f.name
+        assert f.default == p.default and type(f.default) is type(p.default), f.name
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
+def test_none_is_refused_where_nobody_says_what_it_means(notebook):
+    "It is allowed where it is the default, or where the comment says so, and nowhere else"
+    found = inspect(str(notebook))
+    for name, p in page(notebook).parameters.items():
+        if found[name]['default'] == 'None' or 'None: ' in found[name]['help']:
+            assert p.check(None) is None is p.check('None'), name
+        else:
+            with pytest.raises(ValueError, match=f'{name} = None is not allowed'): p.check(None)
 
 
 @pytest.mark.parametrize('notebook', notebooks, ids=lambda p: p.stem)
@@ -82,18 +103,18 @@ def number_forms(value):
                     torch.tensor(int(value)))
 
 
-def forms(rule, value):
+def forms(p, value):
     "Other ways to write a good value of a parameter; papermill gives strings with -r"
     if value is None:
         yield 'None'
-    elif rule['kind'] in (int, float) and not isinstance(value, str):
+    elif p.kind in (int, float) and not isinstance(value, str):
         yield from number_forms(value) # a word beside them is written as others are
-    elif rule['kind'] is bool:
+    elif p.kind is bool:
         yield from (str(value), str(value).lower(), np.bool_(value), torch.tensor(value))
     else:
         yield np.str_(value)
-        if rule['path']: yield Path(value)
-        if rule['many'] and ', ' in value:
+        if p.rule.path: yield Path(value)
+        if many(p) and ', ' in value:
             yield from (value.split(', '), tuple(value.split(', ')), np.array(value.split(', ')))
 
 
@@ -105,15 +126,16 @@ def plain(value):
 def test_every_form_is_the_plain_value(notebook):
     """Of every parameter of every page: its default, its bounds and its choices, in every form"""
     tried = 0
-    for name, rule in page(notebook).rules.items():
-        values = [rule[key] for key in ('default', 'low', 'high') if rule[key] is not None]
-        values += [*(list(rule['choices'] or ())[:2]), *(['x, y'] if rule['many'] else [])]
-        if rule['names']: values = [', '.join(list(rule['names'])[:2])]
-        for value in [*values, *([None] if rule['default'] is None else [])]:
-            if rule['path'] == 'folder' or rule['kind'] is str and value is None: continue
-            good = check_param(name, value, rule)
-            for form in forms(rule, value):
-                found = check_param(name, form, rule)
+    for name, p in page(notebook).parameters.items():
+        values = [*([] if p.default is None else [p.default]),
+                  *(bound for n, bound in bounds(p).items() if n != 'above')]
+        values += [*list(p.rule.allowed())[:2], *(['x, y'] if p.rule.many else [])]
+        if p.rule.names: values = [', '.join(list(p.rule.allowed())[:2])]
+        for value in [*values, *([None] if p.optional else [])]:
+            if p.rule.path == 'folder': continue
+            good = p.check(value)
+            for form in forms(p, value):
+                found = p.check(form)
                 assert found == good and type(found) is type(good) and plain(found), (name, form)
                 tried += 1
     assert tried > 10 or notebook.stem == 'index'
@@ -127,7 +149,7 @@ def test_every_form_is_the_plain_value(notebook):
     ('05_dynamics', dict(objectives=['sat', 'trades'], num_train='500', resume='False'),
      dict(objectives='sat, trades', num_train=500, resume=False)),
     ('06_landscapes', dict(attacks=['pgd', 'cw-l2'], models=['fashion_mini-sat-resnet8'], eps='.1'),
-     dict(attacks='pgd,cw-l2', models='fashion_mini-sat-resnet8', eps=.1)),
+     dict(attacks='pgd, cw-l2', models='fashion_mini-sat-resnet8', eps=.1)),
     ('07_subsets', dict(equal_sizes='true', share='13/100'), dict(equal_sizes=True, share=.13)),
     ('08_generate', dict(compile='false', steps='5', run_dir=.5),
      dict(compile=False, steps=5, run_dir='0.5')),
@@ -145,17 +167,11 @@ def test_every_form_is_the_plain_value(notebook):
 def test_chapters_take_what_papermill_gives(notebook, written, plainly, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pages = {p.stem: p for p in NOTEBOOKS}
-    def config(parameters):
-        found = page(pages[notebook]).run(**parameters)
-        return next(v for v in found.values() if type(v).__name__ in (
-            'Experiment', 'LandscapeConfig', 'Benchmark'))
-    one, other = config(written), config(plainly)
-    values = [{f.name: getattr(c, f.name) for f in fields(c)} for c in (one, other)]
-    assert json.dumps(values[0]) == json.dumps(values[1])
-    if notebook == '09_evaluate':
-        assert one.folder() == other.folder() and one.numbers('std') == other.numbers('std')
-        assert one.names() == plainly['attacks'].split(', ')
-    if notebook == '04_train_weat': assert run_name(one) == run_name(other)
+    one, other = (page(pages[notebook]).run(**p) for p in (written, plainly))
+    assert json.dumps(vars(one['given'])) == json.dumps(vars(other['given']))
+    if notebook == '04_train_weat':
+        names = [run_name(TrainConfig(**taken(v['given'], TrainConfig))) for v in (one, other)]
+        assert names[0] == names[1]
 
 
 def test_papermill_writes_yaml_lists():
@@ -180,8 +196,7 @@ def test_a_config_from_python_holds_plain_values(tmp_path):
 
 def test_numbers_of_other_kinds():
     assert check_number('eps', Decimal('0.1'), high=1) == .1 and check_count('n', Decimal(3)) == 3
-    rule = param(float, 'radius', high=1).metadata
-    for check, wrong in ((lambda *given: check_param(*given, rule), 10**400),
+    for check, wrong in ((lambda *given: check_param(*given, float, Rule(high=1)), 10**400),
                          (check_number, Decimal('sNaN')),
                          (check_number, torch.zeros((), device='meta'))):
         with pytest.raises(ValueError, match='eps = .* is not allowed: it must be a number'):
@@ -217,14 +232,75 @@ def test_evaluate_says_which_attack_does_not_exist():
         evaluate(create_model('resnet8', 10, 1, 28), data, attacks='pdg-20', eps=.1, step_size=.1)
 
 
-@pytest.mark.parametrize('rule, bad', [
-    (param(str, 'names', many=True), [['a', True], ['a', None], ['a', ''], {'a'}, [], [['a']],
-                                      float('nan'), b'a', True]),
-    (param(str, 'folder', path='new folder'), [['a'], True, float('inf'), '', ('a', 'b')]),
-    (param(bool, 'flag', default=True), [1, 0, 'yes', '', None, 1., [True]]),
-    (param(int, 'count', default=1), ['1.5', True, 1.5, '1/2', 'nan', [1], np.array([1]), None]),
+@pytest.mark.parametrize('kind, rule, bad', [
+    (str, Rule(many=True), [['a', True], ['a', None], ['a', ''], {'a'}, [], [['a']], float('nan'),
+                            b'a', True]),
+    (str, Rule(path='new folder'), [['a'], True, float('inf'), '', ('a', 'b')]),
+    (bool, Rule(), [1, 0, 'yes', '', None, 1., [True]]),
+    (int, Rule(), ['1.5', True, 1.5, '1/2', 'nan', [1], np.array([1]), None]),
 ], ids=['names', 'path', 'flag', 'count'])
-def test_what_would_lose_something_is_refused(rule, bad):
+def test_what_would_lose_something_is_refused(kind, rule, bad):
     for value in bad:
         with pytest.raises(ValueError, match='p = .* is not allowed: it must be'):
-            check_param('p', value, {**rule.metadata, 'optional': False})
+            check_param('p', value, kind, rule)
+
+
+CELL = '''n: int = 3         # how many; None: all
+lr: float = 8/255  # rate
+name: "str" = "a"  # a name (such as a;
+                   # None: nobody's)
+last: int = 1      # never None: must be given
+'''
+
+
+@pytest.mark.parametrize('annotation, kind, nothing', [
+    (int, int, False), ('"int"', int, False), ('int|None', int, True), (bool|None, bool, True),
+    ('Optional[str]', str, True), ('typing.Optional[int]', int, True), (float|None, float, True),
+    (list[int], None, False), ('int|str', None, False), ('Literal["int"]', None, False)])
+def test_what_a_type_says(annotation, kind, nothing):
+    assert _kind_of(annotation) == (kind, nothing)
+
+
+def test_types_in_quotation_marks_are_checked():
+    @dataclass(frozen=True)
+    class Config:
+        epochs:'int' = 3
+        seed:'int|None' = None
+        def __post_init__(self): check_params(self)
+    assert Config('5', seed='7') == Config(5, seed=7) and Config('2').seed is None
+    with pytest.raises(ValueError, match='epochs = 2.5 is not allowed'): Config(2.5)
+
+
+def test_a_comment_goes_on_below_and_says_where_none_is_allowed():
+    found = cell_parameters(CELL)
+    assert {name: p.optional for name, p in found.items()} == dict(
+        n=True, lr=False, name=True, last=False)
+    assert found['name'].help == 'a name (such as a'
+
+
+@pytest.mark.parametrize('cells', [
+    ['n: int = 1.5\nlr: float = .1\nname: str = "b"\nlast: int = 1', CELL], # mended and run again
+    [CELL, 'x: int = 3', 'n: int = 9'], # lines of somebody's own
+    [CELL, 'n = = 3', '# Parameters\nn = = 3', '', 'get_ipython().run_line_magic("time", "")'],
+    [CELL, '# Parameters of the figure\nwidth = 3', '# Parameters\nn = 4', '# Parameters\nlr = 1']])
+def test_cells_of_a_session(cells):
+    "Failed cells, magics, other cells between, several injections change nothing"
+    given = read_parameters(dict(In=['', *cells], n=9, lr='1/4', name='c'))
+    assert vars(given) == dict(n=9, lr=.25, name='c', last=1)
+
+
+def test_a_cell_that_was_edited_counts_as_it_is():
+    edited = CELL.replace('n: int = 3', 'n: float = 2.5').rpartition('last')[0]
+    assert vars(read_parameters(dict(In=[CELL, edited], n=.5))) == dict(n=.5, lr=8/255, name='a')
+    with pytest.raises(ValueError, match="unknown parameter 'last'"):
+        read_parameters(dict(In=[CELL, edited, '\n# Parameters\nlast = 2\n']))
+
+
+def test_fields_that_somebody_adds_are_no_part_of_a_run():
+    @dataclass(frozen=True)
+    class Mine(TrainConfig):
+        note:str|None = None
+    assert Mine(note='later').identity() == TrainConfig().identity()
+    # what other processes are given
+    assert Mine(note='later').values() == TrainConfig().values()
+    assert TrainConfig(**TrainConfig().values()) == TrainConfig()

@@ -11,17 +11,20 @@ from PIL import Image
 
 import weat_nb
 from weat_nb import (check, checkpoints, data, dynamics, evaluate, fetch, generate, grid, own,
-                     own_data, pictures, plots, pretrained, records, runs, sweep, train, weights)
+                     own_data, pictures, plots, pretrained, record_tables, records, runs,
+                     sweep_table, tensors, train, weight_files, weights)
 from weat_nb.checks import as_path
+from weat_nb.config import TrainConfig
+from weat_nb.measure import snapshot_file
 from weat_nb.models import create_model
-from weat_nb.params import check_param, param
+from weat_nb.params import Rule, check_param
 
 # what takes a path only to name it in an error, or is given one by this package
 NAMED = {
-    'checkpoints.find_weights_file.path', 'checkpoints.refuse_file.path', 'checks.as_path.path',
-    'fetch.read_idx.name', 'fetch.unpickle.name', 'own_data.open_image.name',
+    'tensors.find_weights_file.path', 'tensors.refuse_file.path', 'checks.as_path.path',
+    'readers.read_idx.name', 'readers.unpickle.name', 'own_data.open_image.name',
     'own_data.read_folder.files', 'pretrained.is_web_address.root', 'runs.parse_json.path',
-    'runs.reading.path', 'runs.write_error.path', 'sweep.execute.folder'}
+    'runs.reading.path', 'runs.write_error.path', 'job.execute.folder', 'data.DatasetSpec.read'}
 
 
 def takes_a_path():
@@ -75,20 +78,22 @@ def test_home_wherever_a_path_is_taken(home, one_thread):
     (home/'g.yaml').write_text('notebook: ~/n.ipynb\ngrid: {seed: [0]}')
     images = data.load_images('~/i.npz')
     there = lambda name: (home/name).exists()
-    config = train.TrainConfig(
+    config = TrainConfig(
         dataset='~/i.npz', arch='resnet8', epochs=1, eps=.1, step_size=.1, attack_steps=1,
         batch_size=8, lr=.1, weight_decay=0, num_val=8, device='cpu', root='~', num_train=8)
     record = lambda: json.loads((home/'r/record.json').read_text())
     quick = dict(attacks='pgd-1', eps=.1, step_size=.1, show=False)
     cases = { # in the order in which they need one another
-        'checkpoints.save_tensors.path': lambda: (
-            checkpoints.save_tensors('~/t.safetensors', {}), there('t.safetensors')),
-        'checkpoints.load_tensors.path': lambda: (checkpoints.load_tensors('~/t.safetensors'),),
+        'tensors.save_tensors.path': lambda: (
+            tensors.save_tensors('~/t.safetensors', {}), there('t.safetensors')),
+        'tensors.load_tensors.path': lambda: (tensors.load_tensors('~/t.safetensors'),),
+        'checkpoints.is_checkpoint.path': lambda: (
+            not checkpoints.is_checkpoint('~/t.safetensors'),),
         'checkpoints.save_checkpoint.path': lambda: (
             checkpoints.save_checkpoint('~/m.safetensors', model), there('m.safetensors')),
         'checkpoints.load_checkpoint.path': lambda: (
             checkpoints.load_checkpoint('~/m.safetensors'),),
-        'checkpoints.file_sha256.path': lambda: (checkpoints.file_sha256('~/m.safetensors'),),
+        'tensors.file_sha256.path': lambda: (tensors.file_sha256('~/m.safetensors'),),
         'data.load_dataset.name': lambda: (data.load_dataset('~/i.npz', 'train'),
                                            data.load_dataset('~/images', 'test')),
         'data.load_dataset.root': lambda: (
@@ -99,11 +104,11 @@ def test_home_wherever_a_path_is_taken(home, one_thread):
         'own_data.read_own.path': lambda: (own_data.read_own('~/images'),),
         'train.fit.run_dir': lambda: (train.fit(config, '~/run', snapshots=[0]).run_dir
                                       == home/'run', there('run/best.safetensors')),
-        'train.snapshot_file.run_dir': lambda: (train.snapshot_file('~/run', 0).exists(),),
+        'measure.snapshot_file.run_dir': lambda: (snapshot_file('~/run', 0).exists(),),
         'dynamics.read_snapshots.run_dir': lambda: (dynamics.read_snapshots('~/run'),),
         'evaluate.evaluate.state': lambda: (
             evaluate.evaluate(model, images, state='~/s/s.json', **quick), there('s/s.json')),
-        'evaluate.load_model.checkpoint': lambda: evaluate.load_model(
+        'pretrained.load_model.checkpoint': lambda: pretrained.load_model(
             '~/m.safetensors', dataset='~/i.npz')[:1],
         'generate.Start.cache': lambda: (
             generate.Start('pca', images, cache='~/pca'), len([*(home/'pca').iterdir()]) == 1),
@@ -134,7 +139,7 @@ def test_home_wherever_a_path_is_taken(home, one_thread):
         'pretrained.check_pretrained.root': lambda: (
             not pretrained.check_pretrained('model', 'net', '~/nets'),
             not pretrained.check_pretrained('model', '~/m.safetensors')),
-        'evaluate.load_model.root': lambda: evaluate.load_model(
+        'pretrained.load_model.root': lambda: pretrained.load_model(
             'net', dataset='~/i.npz', root='~/nets')[:1],
         'runs.read_json.path': lambda: (
             runs.write_text('~/r/record.json', json.dumps(evaluate.evaluate(
@@ -143,7 +148,8 @@ def test_home_wherever_a_path_is_taken(home, one_thread):
             check.check_machine('cpu', only=['data'], isolated=False, file='~/check.json'),
             there('check.json')),
         'records.read_record.path': lambda: (records.read_record('~/r/record.json') == record(),),
-        'records.read_records.folder': lambda: (records.read_records('~/r') == [record()],),
+        'record_tables.read_records.folder': lambda: (
+            record_tables.read_records('~/r') == [record()],),
         'runs.write_file.path': lambda: (runs.write_file('~/b', b'b'), there('b')),
         'runs.write_text.path': lambda: (runs.write_text('~/c', 'c'), there('c')),
         'runs.write_lines.path': lambda: (runs.write_lines('~/d', [dict(a=1)]), there('d')),
@@ -157,7 +163,7 @@ def test_home_wherever_a_path_is_taken(home, one_thread):
             runs.publish_run('~/n.ipynb', home/'page.ipynb', 'a', 'b'),),
         'runs.publish_run.page': lambda: (
             runs.publish_run(home/'n.ipynb', '~/page2.ipynb', 'a', 'b'), there('page2.ipynb')),
-        'weights.read_state_dict.path': lambda: (weights.read_state_dict('~/w.pth'),),
+        'weight_files.read_state_dict.path': lambda: (weight_files.read_state_dict('~/w.pth'),),
         'weights.find_weights.path': lambda: (weights.find_weights('~/w.pth', model),),
         'weights.fill_weights.path': lambda: (weights.fill_weights(model, '~/w.pth') is not None,),
         'weights.load_weights.path': lambda: (
@@ -179,7 +185,7 @@ def test_paths_of_type_path(home):
     assert fetch.near(as_path('~/x'))[0] == fetch.near('~/x')[0] == home/at
     assert fetch.download('http://127.0.0.1:9/b', '~/x/b', None) == home/'x'/'b'
     assert fetch.read_checked('~/x/b', fetch.md5sum(b'b')) == b'b'
-    assert sweep.scores('~/x') == {}
+    assert sweep_table.scores('~/x') == {}
     assert as_path('~') == home and as_path('a/~') == as_path('a')/'~'
 
 
@@ -198,16 +204,14 @@ def test_a_name_too_long_is_no_data_set():
                                         ('new file', 'new.json')])
 def test_parameters(kind, name, home):
     (home/'a.txt').touch()
-    rule = param(str, 'a path', path=kind).metadata
-    assert check_param('path', f'~/{name}', rule) == str(home/name)
+    assert check_param('path', f'~/{name}', str, Rule(path=kind)) == str(home/name)
 
 
 @pytest.mark.parametrize('name', ['a\0b', 'half\ud800', '~nobody-here/x'])
 def test_names_that_no_system_has(name, home):
     for kind in ('file', 'folder', 'new file', 'new folder'):
-        rule = param(str, 'a path', path=kind).metadata
         with pytest.raises(ValueError, match='run_dir = .* is not allowed: it must be a path'):
-            check_param('run_dir', name, rule)
+            check_param('run_dir', name, str, Rule(path=kind))
 
 
 def test_the_environment(home, monkeypatch):

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from weat_nb.attacks import ATTACKS, attack, pgd
+from weat_nb.attacks import ATTACKS, attack
 from weat_nb.energy import delta_energy, energy_weight, joint_energy, marginal_energy
 from weat_nb.guards import GradientMaskingWarning
 from weat_nb.losses import OBJECTIVES, kl_divergence, probabilistic_margin
+from weat_nb.pgd import pgd
 from weat_nb.trades_ebm import kl_energy_terms, trades_energy
 
 NUMBERS = '5 numbers' # of the table of faults

@@ -108,11 +108,10 @@ def check_parameters(notebook, parameters, monkeypatch):
     if start is None:
         assert not parameters, f'{notebook.name} has no parameters'
         return
+    declared = ''.join(cells[start]['source'])
     injected = '# Parameters\n' + ''.join(f'{k} = {v!r}\n' for k, v in parameters.items())
-    space = {**imported(notebook), '__name__': 'page', 'In': [injected]}
-    # dataclasses look up the module of a class
-    monkeypatch.setitem(sys.modules, 'page', type(sys)('page'))
-    exec(''.join(cells[start]['source']), space)
+    space = {**imported(notebook), '__name__': 'page', 'In': [declared, injected]}
+    exec(declared, space)
     exec(injected, space)
     for cell in cells[start + 1:]:
         source = ''.join(cell['source'])

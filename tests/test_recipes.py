@@ -1,4 +1,5 @@
 "What lives between two updates: schedules, averages, AWP, AdamW, and runs that were begun earlier"
+from dataclasses import replace
 import copy
 import json
 import math
@@ -9,19 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from weat_nb import state, train
-from weat_nb.attacks import starting_point
-from weat_nb.checkpoints import load_checkpoint, load_tensors, pack, save_tensors
+from weat_nb import epoch, state, train
+from weat_nb.checkpoints import load_checkpoint
+from weat_nb.config import TrainConfig, run_name
+from weat_nb.cost import forward_passes
 from weat_nb.distributed import all_mean, launch, my_share, synchronise_batchnorm, world_size
 from weat_nb.energy import energy_weight, marginal_energy
+from weat_nb.epoch import epoch_batches, make_training, train_epoch, training_data
 from weat_nb.losses import OBJECTIVES, get_objective, weat_loss, with_weights
+from weat_nb.measure import measure_energies
 from weat_nb.models import create_model
-from weat_nb.recipes import (
-    AWP, Training, adamw, awp, constant, cosine, one_cycle, one_cycle_both, one_cycle_momentum,
-    piecewise, update_batchnorm, weight_average,
-)
-from weat_nb.step import StepConfig, TrainStep, forward_passes
-from weat_nb.train import TrainConfig, fit
+from weat_nb.pgd import starting_point
+from weat_nb.recipes import (AWP, Training, adamw, awp, constant, cosine, one_cycle, one_cycle_both,
+                             one_cycle_momentum, piecewise, update_batchnorm, weight_average)
+from weat_nb.runs import read_lines
+from weat_nb.step import StepConfig, TrainStep
+from weat_nb.tensors import load_tensors, pack, save_tensors
+from weat_nb.train import fit
 
 # of images of 8×8 pixels, so that an epoch takes a tenth of a second
 SMALL = dict(arch='resnet8', epochs=2, eps=.1, step_size=.03, attack_steps=1, batch_size=8, lr=.05,
@@ -209,7 +214,7 @@ def test_awp_counts_a_batch_once():
         def state_dict(self): return dict(seen=self.seen)
         def load_state_dict(self, state): self.seen = state['seen']
     counts, (x, x_adv, y) = Counts(), batch()
-    row = train.replace(OBJECTIVES['sat'], function=counts)
+    row = replace(OBJECTIVES['sat'], function=counts)
     step = AWP(TrainStep(network(), row, steps=1, **RADII))
     for _ in range(3): step(x, y, x_adv=x_adv)
     assert counts.seen == 3
@@ -218,13 +223,13 @@ def test_awp_counts_a_batch_once():
 def test_the_average_is_measured_selected_and_kept(small, tmp_path, monkeypatch):
     """A moving average kept by hand, and statistics estimated by hand on what the epoch shows:
     natural images and their adversarial examples"""
-    shown, real = [], train.update_batchnorm
+    shown, real = [], update_batchnorm
     def look(average, images):
         shown.append(list(images))
         real(average, shown[-1])
-    monkeypatch.setattr(train, 'update_batchnorm', look)
+    monkeypatch.setattr(epoch, 'update_batchnorm', look)
     config, kept, measured = small(average=.9, epochs=3, num_train=40), {}, []
-    end, measure = Training.end, train.measure_energies
+    end, measure = Training.end, measure_energies
     def follow(self):
         end(self)
         for n, p in self.model.named_parameters():
@@ -248,7 +253,7 @@ def test_the_average_is_measured_selected_and_kept(small, tmp_path, monkeypatch)
     state, _ = load_tensors(tmp_path/'run/state.safetensors')
     trained = state['model.bn1.running_mean']
     natural, attacked = shown[-1][::2], shown[-1][1::2] # of the last epoch, by turns
-    images = train.training_data(config)[0]
+    images = training_data(config)[0]
     assert len(shown) == 3 and sum(len(x) for x in natural) == len(images)
     for x, x_adv in zip(natural, attacked):
         assert 0 < (x_adv - x).abs().max() <= config.eps + 1e-6
@@ -338,9 +343,9 @@ def shared_training(folder):
                          average=.9, recipe='weat_nb.recipes:awp', weights='mean1')
     model = create_model('resnet8', 2, 1, 8, seed=0)
     if world_size() > 1: synchronise_batchnorm(model)
-    training, images = train.make_training(model, config), train.training_data(config)
-    loss = train.train_epoch(training, images[0], 1, config)
-    measured = train.measure_energies(training.evaluated, images[1], **config.selection_attack())
+    training, images = make_training(model, config), training_data(config)
+    loss = train_epoch(training, images[0], 1, config)
+    measured = measure_energies(training.evaluated, images[1], **config.selection_attack())
     return dict(losses=losses, tensors=tensors, loss=loss, energies=measured['energy_nat'].tolist())
 
 
@@ -438,10 +443,10 @@ def test_what_a_schedule_sets():
 def test_recipes_by_name(small):
     model = create_model('resnet8', 2, 1, 8, seed=0)
     for objective, gamma in [('trades', .005), ('weat_adv', .005), ('sat', .01)]:
-        training = awp(train.make_training(model, config := small(objective=objective)), config)
+        training = awp(make_training(model, config := small(objective=objective)), config)
         assert training.step.gamma == gamma and training.step.objective.name == objective
     config = small(protocol='released', lr=.002)
-    training = adamw(train.make_training(model, config), config)
+    training = adamw(make_training(model, config), config)
     group, = training.optimizer.param_groups
     assert (group['lr'], group['weight_decay']) == (.002, 5e-4)
     training.begin(1, 8) # the peak
@@ -457,7 +462,7 @@ def test_what_is_no_recipe(text, message, small, tmp_path):
     (tmp_path/'mine.py').write_text(text)
     config = small(recipe=f'{tmp_path}/mine.py:recipe')
     with pytest.raises(TypeError, match=message):
-        train.make_training(create_model('resnet8', 2, 1, 8, seed=0), config)
+        make_training(create_model('resnet8', 2, 1, 8, seed=0), config)
 
 
 ALWAYS = {'dataset', 'objective', 'beta', 'arch', 'epochs', 'eps', 'step_size', 'attack_steps',
@@ -472,8 +477,8 @@ def test_later_parameters_name_no_run_by_default():
     for name, value in later.items():
         config = TrainConfig(device='cpu', num_val=500, **{name: value})
         assert config.identity() == {**plain.identity(), name: value}
-        assert train.run_name(config) != train.run_name(plain)
-        assert train.replace(config, **{name: getattr(plain, name)}).identity() == plain.identity()
+        assert run_name(config) != run_name(plain)
+        assert replace(config, **{name: getattr(plain, name)}).identity() == plain.identity()
 
 
 def as_it_was(run):
@@ -517,7 +522,7 @@ def test_an_earlier_run_goes_on(damaged, earlier, tmp_path):
     with pytest.warns(UserWarning, match='goes on after epoch 1') if damaged else nullcontext():
         resumed = fit(TrainConfig(**TINY), run)
     assert resumed.taken_up == 1
-    assert resumed.history == train.read_lines(earlier/'whole/metrics.jsonl')
+    assert resumed.history == read_lines(earlier/'whole/metrics.jsonl')
     for name in ('best', 'last'):
         one, two = (load_tensors(folder/f'{name}.safetensors')[0]
                     for folder in (earlier/'whole', run))
@@ -537,16 +542,16 @@ def test_a_state_is_taken_up(small):
     config = small()
     def begin(**changes):
         model = create_model('resnet8', 2, 1, 8, seed=0)
-        return train.make_training(model, small(recipe='weat_nb.recipes:adamw', **changes))
+        return make_training(model, small(recipe='weat_nb.recipes:adamw', **changes))
     def update(training, u):
-        x, y = next(train.epoch_batches(images, None, config, torch.Generator().manual_seed(u)))
+        x, y = next(epoch_batches(images, None, config, torch.Generator().manual_seed(u)))
         training.begin(u, 8)
         training.step(x, y, generator=torch.Generator().manual_seed(u))
         training.end()
     with pytest.raises(ValueError, match='a state of model, optimizer does not fit '
                                          'a training of model, optimizer, average'):
         begin(average=.9).load_state_dict(begin().state_dict())
-    images, one, two = train.training_data(config)[0], begin(), begin()
+    images, one, two = training_data(config)[0], begin(), begin()
     update(one, 0)
     state = copy.deepcopy(one.state_dict())
     before = copy.deepcopy(state)

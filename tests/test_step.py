@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from weat_nb.attacks import _LOSSES, ascent_loss
+from weat_nb.arithmetic import PRECISIONS, arithmetic
+from weat_nb.config import TrainConfig
+from weat_nb.cost import forward_cost, forward_passes
+from weat_nb.frozen import FrozenCopy, SideBySideConv2d, side_by_side
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
-from weat_nb.step import (
-    PRECISIONS, FrozenCopy, SideBySideConv2d, StepConfig, TrainStep, arithmetic, forward_cost,
-    forward_passes, reference_step, side_by_side,
-)
-from weat_nb.train import TrainConfig
+from weat_nb.pgd import LOSSES, ascent_loss
+from weat_nb.step import StepConfig, TrainStep, reference_step
 
 RADII = dict(eps=8/255, step_size=2/255, steps=3)
 
@@ -220,7 +220,7 @@ class Counted(nn.Module):
         return self.linear(x.flatten(1))
 
 
-@pytest.mark.parametrize('attack', _LOSSES)
+@pytest.mark.parametrize('attack', LOSSES)
 @pytest.mark.parametrize('method', ['sat', 'weat_adv'])
 def test_passes_are_those_of_a_step(method, attack, monkeypatch):
     "A row of one's own may attack by any loss: counted is what its update and the authors' compute"

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from weat_nb.config import TrainConfig
 from weat_nb.data import ImageData, load_dataset
 from weat_nb.energy import marginal_energy
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
 from weat_nb.subsets import (energy_subsets, energy_thresholds, judge_images, subset_table,
                              threshold_table, train_on)
-from weat_nb.train import TrainConfig
 
 TINY = dict(epochs=2, attack_steps=1, batch_size=32, device='cpu')
 

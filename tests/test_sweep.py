@@ -17,9 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from weat_nb.checkpoints import save_tensors
-from weat_nb.grid import place, read_grid
-from weat_nb.sweep import (_prepare, execute, failure, main, scores, share, summarise_sweep)
+from weat_nb.grid import notebook_parameters, place, read_grid
+from weat_nb.job import execute, failure, finished, prepare
+from weat_nb.params import Computed
+from weat_nb.schedule import share
+from weat_nb.sweep import main, rebuild_page
+from weat_nb.sweep_table import scores, summarise_sweep
+from weat_nb.tensors import save_tensors
 
 pytest.importorskip('yaml')
 TOY = """import json, os, time
@@ -116,6 +120,119 @@ def test_a_wrong_file_is_one_error_before_anything_runs(text, message, sweep, ca
     error = capsys.readouterr().err
     assert error.startswith('weat-sweep: ') and 'Traceback' not in error
     assert not (tmp_path/'runs').exists()
+
+
+# Notebooks of one's own
+
+@pytest.mark.parametrize('cell, found', [
+    ('a: int = 1 # one\nb = 2', dict(a=1)), ('eps: float = 8/255', dict(eps=8/255)),
+    ('sizes: list = [1, 2]\nname: str = "x" # a name', dict(sizes=[1, 2], name='x')),
+    ('a: int = -1\n\n# of two\nb: bool = False # no\nc: float = None # none', dict(
+        a=-1, b=False, c=None)),
+    ('a: str = ("b"\n          "c") # two lines\nd: float = "1/4"', dict(a='bc', d=.25)),
+])
+def test_what_a_notebook_of_ones_own_can_be_told(cell, found, tmp_path):
+    notebook(tmp_path/'own.ipynb', cell, 'pass')
+    known = notebook_parameters(tmp_path/'own.ipynb')
+    assert {name: p.default for name, p in known.items()} == found
+
+
+@pytest.mark.parametrize('line', [
+    'value: float = 1/0', 'value: int = 2**3', 'value: str = str(EMPTY)', 'value: dict = {[]: 1}'])
+def test_a_default_that_only_running_it_would_tell(line, sweep, tmp_path):
+    "Whatever a run is given counts then"
+    notebook(tmp_path/'toy.ipynb', line, 'pass')
+    assert notebook_parameters(tmp_path/'toy.ipynb')['value'].default is Computed
+    run, = read_grid(sweep('grid: {value: [8]}')).runs
+    assert run.stages[0].identity == dict(value='8' if 'str' in line else 8)
+
+
+def test_a_list_is_taken_as_it_is(sweep, tmp_path):
+    notebook(tmp_path/'toy.ipynb', 'sizes: list = [1, 2]', 'pass')
+    runs = read_grid(sweep('grid: {sizes: [[1, 2], [3], 4]}')).runs
+    assert [run.stages[0].identity for run in runs] == [{}, dict(sizes=[3]), dict(sizes=4)]
+
+
+@pytest.mark.parametrize('cell, message', [
+    ('b = 2', 'has no cell tagged "parameters"'), ('', 'has no cell tagged "parameters"'),
+    ('a: int = (', 'cannot be read.*mend it'), ('a: int = 1 1', 'cannot be read.*mend it'),
+    ('a: int = 1\n\\', 'cannot be read.*mend it'), ('  a: int = 1', 'cannot be read.*mend it'),
+    ('%run x\na: int = 1', 'cannot be read.*mend it'),
+    ('a: int = 1\nb = 2', "parameter of toy.ipynb = 'value' is not allowed.*one of a"),
+])
+def test_a_cell_that_is_wrong_is_one_error(cell, message, sweep, capsys, tmp_path):
+    notebook(tmp_path/'toy.ipynb', cell, 'pass')
+    assert main([sweep('grid: {value: [1]}')]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('weat-sweep: ') and re.search(message, error), error
+    assert 'toy.ipynb' in error and len(error.splitlines()) == 1 and not (tmp_path/'runs').exists()
+
+
+@pytest.mark.parametrize('data', [
+    b'', b'\xff', b'x', b'[]', b'{}', b'{"cells": 3}', b'{"cells": [3]}', b'{"cells": [{}]}',
+    b'{"cells": {"a": 1}}', b'{"cells": [{"metadata": []}]}', b'{"cells": [], "cells": []}',
+    b'{"cells": [{"metadata": {"tags": ["parameters"]}, "source": [5]}]}', b'['*100_000])
+def test_a_file_that_is_no_notebook_is_one_error(data, sweep, capsys, tmp_path):
+    (tmp_path/'toy.ipynb').write_bytes(data)
+    assert main([sweep('grid: {value: [1]}')]) == 2
+    error = capsys.readouterr().err
+    assert re.match(r'weat-sweep: \S+toy.ipynb is (damaged|no notebook) .*: restore it', error)
+    assert len(error.splitlines()) == 1 and not (tmp_path/'runs').exists()
+
+
+def test_nothing_of_a_notebook_is_run_by_the_sweep_itself(sweep, tmp_path, capsys):
+    touch = "open('touched', 'w').close()"
+    notebook(tmp_path/'toy.ipynb', f'value: int = 0\n{touch}\nkind: str = {touch} or "a"\n'
+             f'flags: list = [{touch}]\nrun_dir: str = None', touch)
+    run, = read_grid(sweep('grid: {value: [1]}')).runs
+    prepare(run)
+    assert main([sweep('grid: {value: [1]}'), '--dry-run']) == 0 and 'value1' in run.folder.name
+    assert not (tmp_path/'touched').exists()
+
+
+# Damaged files of a sweep
+
+@pytest.mark.parametrize('data', [
+    b'', b'{"cwd": ', b'[]', b'{}', b'\xff', b'{"cwd": ".", "stages": 3}',
+    b'{"cwd": ".", "stages": [3]}', b'{"cwd": ".", "stages": [{"notebook": "a"}]}', None,
+    b'{"cwd": ".", "stages": [{"notebook": "a", "output": "b", "key": 1, "parameters": 5}]}',
+    b'{"stages": []}'])
+def test_a_damaged_job_is_one_error(data, sweep):
+    run, = read_grid(sweep('grid: {value: [1]}')).runs
+    prepare(run)
+    (run.folder/'job.json').unlink() if data is None else (run.folder/'job.json').write_bytes(data)
+    with pytest.raises(ValueError, match='job.json (is damaged|cannot be read).*: start the'):
+        execute(run.folder)
+
+
+@pytest.mark.parametrize('done', [5, None, 'toy', {}, [[]], [['toy', {'value': 2}]], [1, 2, 3]])
+def test_what_a_status_makes_no_sense_of_is_not_done(done, sweep, monkeypatch):
+    run, = read_grid(sweep('grid: {value: [1]}')).runs
+    prepare(run)
+    (run.folder/'status.json').write_text(json.dumps(dict(done=done)))
+    begun = []
+    monkeypatch.setattr('weat_nb.job._papermill', lambda *given: begun.append(given))
+    assert not finished(run)
+    execute(run.folder)
+    assert len(begun) == 1 and finished(run)
+
+
+def test_a_status_without_its_notebook(sweep):
+    run, = read_grid(sweep('grid: {value: [1]}')).runs
+    prepare(run)
+    (run.folder/'status.json').write_text('{"error": 5}')
+    assert failure(run) == (str(run.folder/'log.txt'), '5')
+    (run.folder/'status.json').write_text('{"error": ')
+    with pytest.raises(ValueError, match='status.json is damaged .*: delete it'): failure(run)
+
+
+@pytest.mark.parametrize('text', ['', 'x', '[]', '{}', '{"cells": 5}',
+                                  '{"cells": [5], "metadata": {}, "nbformat": 4}'])
+def test_a_page_that_is_no_notebook_stays_as_it_was(text, tmp_path):
+    (tmp_path/'page.ipynb').write_text(text)
+    with pytest.raises(ValueError, match='page.ipynb is no notebook .*: restore it'):
+        rebuild_page(tmp_path/'page.ipynb')
+    assert (tmp_path/'page.ipynb').read_text() == text
 
 
 def test_wrong_commands(sweep, capsys):
@@ -300,7 +417,7 @@ class Clock:
 def test_a_sweep_stops_in_time(sweep, monkeypatch, capsys, tmp_path):
     """What goes on is told to stop, what has not begun stays so, the exit code says that work is
     left, and the same command does it"""
-    monkeypatch.setattr('weat_nb.sweep._start', lambda folder, env: subprocess.Popen(
+    monkeypatch.setattr('weat_nb.schedule.start', lambda folder, env: subprocess.Popen(
         [sys.executable, '-c', QUICK, str(folder)], env=env, start_new_session=True))
     page = tmp_path/'page.ipynb'
     notebook(page, 'n: int = 1', 'n')
@@ -320,7 +437,7 @@ def test_a_sweep_stops_in_time(sweep, monkeypatch, capsys, tmp_path):
 
 
 def test_no_run_is_begun_without_time_for_it(sweep, monkeypatch):
-    monkeypatch.setattr('weat_nb.sweep._start', None)
+    monkeypatch.setattr('weat_nb.schedule.start', None)
     monkeypatch.setattr(Clock, 'left', lambda self: 19.)
     monkeypatch.setattr('weat_nb.sweep.Budget', Clock)
     assert main([sweep('grid: {value: [1, 2]}'), '--budget', '100s']) == 75
@@ -336,11 +453,11 @@ def test_a_run_whose_own_time_is_over_is_not_finished(sweep, monkeypatch):
         (run/'metrics.jsonl').write_text('{"epoch": 1, "clean": 5, "pgd": 1}\n')
         done = (run/'stopped.json').exists()
         (run/'stopped.json').unlink() if done else (run/'stopped.json').write_text('{}')
-    monkeypatch.setattr('weat_nb.sweep._papermill', papermill)
+    monkeypatch.setattr('weat_nb.job._papermill', papermill)
     for code, state in ((75, 'stopped after epoch 1 of 9'), (0, 'finished')):
         grid = sweep('grid: {value: [1]}')
         run, = read_grid(grid).runs
-        _prepare(run)
+        prepare(run)
         if code:
             with pytest.raises(SystemExit) as stop: execute(run.folder)
             assert stop.value.code == code and failure(run) is None
@@ -470,7 +587,7 @@ def slurm():
 @pytest.fixture
 def quick(monkeypatch):
     "Look at the queue often: it is on this machine"
-    monkeypatch.setattr('weat_nb.sweep.LOOK', .5)
+    monkeypatch.setattr('weat_nb.schedule.LOOK', .5)
 
 
 @pytest.mark.slow
@@ -499,9 +616,9 @@ def test_slurm_stops(slurm, sweep):
 
 @pytest.mark.slow
 def test_slurm_stops_a_single_run_in_time(slurm, tmp_path, monkeypatch):
-    "The batch script on the page of the sweeps, of another notebook"
+    "The batch script on the page of Slurm, of another notebook"
     monkeypatch.chdir(tmp_path)
-    cells = json.loads((Path(__file__).parent.parent/'nbs/parts/sweep.ipynb').read_text(
+    cells = json.loads((Path(__file__).parent.parent/'nbs/parts/schedule.ipynb').read_text(
         encoding='utf-8'))['cells']
     script, = re.findall('(#!/bin/bash\n.*?)```', '\n'.join(''.join(c['source']) for c in cells),
                          re.DOTALL)

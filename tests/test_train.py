@@ -12,13 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from weat_nb import state, train
-from weat_nb.checkpoints import load_checkpoint, load_tensors
+from weat_nb import config as config_module
+from weat_nb import epoch, measure, state, train
+from weat_nb.checkpoints import load_checkpoint
+from weat_nb.config import PROTOCOLS, TrainConfig, epoch_size, from_protocol, run_name
+from weat_nb.cost import training_cost
 from weat_nb.data import DATASETS, load_dataset, to_float
+from weat_nb.epoch import NonFiniteError, check_finite, epoch_batches, training_data
 from weat_nb.losses import OBJECTIVES
+from weat_nb.measure import measure_energies, snapshot_file
 from weat_nb.models import create_model
 from weat_nb.recipes import Training, constant
-from weat_nb.train import NonFiniteError, TrainConfig, fit, training_data
+from weat_nb.runs import read_lines
+from weat_nb.step import TrainStep
+from weat_nb.tensors import load_tensors
+from weat_nb.train import fit
 
 TINY = dict(num_train=64, num_val=4, attack_steps=1, batch_size=32, device='cpu')
 # epochs that can be met in their middle, batches whose halves say nearly the same
@@ -125,7 +133,7 @@ def test_a_killed_worker_does_not_lose_the_run(tmp_path):
                                    env={**os.environ, 'OMP_NUM_THREADS': '1'},
                                    stdout=subprocess.DEVNULL, stderr=said)
     deadline = time.monotonic() + 120
-    while len(train.read_lines(tmp_path/'run/metrics.jsonl')) < 1:
+    while len(read_lines(tmp_path/'run/metrics.jsonl')) < 1:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(.05)
     workers = [p for p in children(process.pid)
@@ -165,13 +173,13 @@ def test_snapshots(tmp_path, monkeypatch):
     def fail(*args): raise KeyboardInterrupt
     for done in range(2): # once in each epoch
         with monkeypatch.context() as patch:
-            patch.setattr(*(state, '_commit') if done else (train, 'check_finite'), fail)
+            patch.setattr(*(state, '_commit') if done else (epoch, 'check_finite'), fail)
             with pytest.raises(KeyboardInterrupt):
                 fit(config, tmp_path/'stopped', snapshots=epochs, snapshot_images=10)
     fit(config, tmp_path/'stopped', snapshots=epochs, snapshot_images=10)
-    files = [train.snapshot_file(tmp_path/'whole', e) for e in epochs]
+    files = [snapshot_file(tmp_path/'whole', e) for e in epochs]
     assert sorted((tmp_path/'stopped/snapshots').iterdir()) == [
-        train.snapshot_file(tmp_path/'stopped', e) for e in epochs]
+        snapshot_file(tmp_path/'stopped', e) for e in epochs]
     for file in files:
         assert file.read_bytes() == (tmp_path/'stopped/snapshots'/file.name).read_bytes()
 
@@ -181,7 +189,7 @@ def test_snapshots(tmp_path, monkeypatch):
     assert (torch.equal(tensors['labels'], images.labels[tensors['indices']])
             and len(tensors['indices'].unique()) == 10)
     last, _ = load_checkpoint(tmp_path/'whole/last.safetensors')
-    again = train.measure_energies(last, images[tensors['indices']], eps=config.eps,
+    again = measure_energies(last, images[tensors['indices']], eps=config.eps,
                                    step_size=config.step_size, seed=config.seed)
     assert all(torch.equal(again[k], tensors[k]) for k in again)
 
@@ -189,7 +197,7 @@ def test_snapshots(tmp_path, monkeypatch):
         fit(config, tmp_path/'plain', snapshots=epochs)
     # the state is that of epoch 2
     assert fit(config, tmp_path/'plain', snapshots=[2], snapshot_images=10).history == plain.history
-    assert train.snapshot_file(tmp_path/'plain', 2).read_bytes() == files[2].read_bytes()
+    assert snapshot_file(tmp_path/'plain', 2).read_bytes() == files[2].read_bytes()
     with pytest.raises(ValueError, match='holds 10 images, not the 8'):
         fit(config, tmp_path/'whole', snapshots=epochs, snapshot_images=8)
     with pytest.raises(ValueError, match='there is no epoch 3'):
@@ -202,7 +210,7 @@ def test_snapshots(tmp_path, monkeypatch):
 def test_finished_run_is_read_not_repeated(tmp_path, monkeypatch):
     config = TrainConfig(epochs=1, **TINY)
     first = fit(config, tmp_path)
-    monkeypatch.setattr(train.TrainStep, '__call__', lambda *a, **k: pytest.fail('trained again'))
+    monkeypatch.setattr(TrainStep, '__call__', lambda *a, **k: pytest.fail('trained again'))
     assert fit(config, tmp_path).history == first.history
     with pytest.raises(FileExistsError, match='already holds a run'):
         fit(config, tmp_path, resume=False)
@@ -211,7 +219,7 @@ def test_finished_run_is_read_not_repeated(tmp_path, monkeypatch):
 
 
 def test_not_finite_stops_and_keeps_the_last_state(tmp_path, monkeypatch):
-    config, real = TrainConfig(epochs=2, **TINY), train.TrainStep.__call__
+    config, real = TrainConfig(epochs=2, **TINY), TrainStep.__call__
     calls = []
 
     def poisoned(self, *args, **options):
@@ -220,11 +228,11 @@ def test_not_finite_stops_and_keeps_the_last_state(tmp_path, monkeypatch):
         if len(calls) == 4: next(self.model.parameters()).grad[0] = float('nan')
         return loss
     with monkeypatch.context() as patch:
-        patch.setattr(train.TrainStep, '__call__', poisoned)
+        patch.setattr(TrainStep, '__call__', poisoned)
         with pytest.raises(NonFiniteError,
                            match=r'epoch 2, update 2 of 2.*gradient of conv1.weight'):
             fit(config, tmp_path/'run')
-    assert len(train.read_lines(tmp_path/'run/metrics.jsonl')) == 1
+    assert len(read_lines(tmp_path/'run/metrics.jsonl')) == 1
     assert fit(config, tmp_path/'run').history == fit(config, tmp_path/'whole').history
 
 
@@ -247,7 +255,7 @@ def test_burn_in_of_mail(tmp_path):
 
 def watch(config, folder, monkeypatch, **how):
     "Train, and write down what every update and every measurement is given"
-    updates, measured, update, measure = [], [], train.TrainStep.__call__, train.measure_energies
+    updates, measured, update, real = [], [], TrainStep.__call__, measure_energies
 
     class Optimizer(torch.optim.SGD):
         def step(self):
@@ -261,11 +269,12 @@ def watch(config, folder, monkeypatch, **how):
 
     def measured_with(*args, **options):
         measured.append(options)
-        return measure(*args, **options)
+        return real(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.TrainStep, '__call__', seen)
-        patch.setattr(train, 'measure_energies', measured_with)
+        patch.setattr(TrainStep, '__call__', seen)
+        for module in (train, measure): # of held-out images, and of snapshots
+            patch.setattr(module, 'measure_energies', measured_with)
         patch.setattr(torch.optim, 'SGD', Optimizer)
         return fit(config, folder, **how), updates, measured
 
@@ -286,15 +295,15 @@ def test_the_released_protocol(tmp_path, monkeypatch):
         named = json.loads((tmp_path/p/'config.json').read_text())
         assert ('protocol' in named) == (p == 'released')
         assert (result.history[-1]['updates'] == len(updates)
-                == train.training_cost(runs[p])['updates'])
+                == training_cost(runs[p])['updates'])
     assert [u['images'] for u in saw['paper'][1]] == [32, 32]*2
     assert {u['momentum'] for u in saw['paper'][1]} == {.9}
 
     updates = saw['released'][1]
     assert [u['images'] for u in updates] == [32, 32, 16]*2
     every = sorted(training_data(runs['released'])[0].labels.tolist())
-    for epoch in (updates[:3], updates[3:]):
-        assert sorted(sum((u['labels'] for u in epoch), [])) == every
+    for one in (updates[:3], updates[3:]):
+        assert sorted(sum((u['labels'] for u in one), [])) == every
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=.1, momentum=.9)
     theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, .1, total_steps=len(updates),
                                                  pct_start=.25)
@@ -323,16 +332,16 @@ def test_the_released_protocol_on_cifar10(tmp_path):
     "All 50,000 images in 391 updates, and 2/255 on SVHN, too"
     file = synthesised(tmp_path/'aux.npz', size=32)
     config = TrainConfig(dataset='cifar10', protocol='released', aux_data=file, device='cpu')
-    assert train.epoch_size(config, 50_000) == (391, 50_000)
-    assert train.training_cost(config)['updates'] == 39_100
-    assert train.epoch_size(TrainConfig(dataset='cifar10', device='cpu'), 49_000) == (382, 382*128)
+    assert epoch_size(config, 50_000) == (391, 50_000)
+    assert training_cost(config)['updates'] == 39_100
+    assert epoch_size(TrainConfig(dataset='cifar10', device='cpu'), 49_000) == (382, 382*128)
     svhn = [TrainConfig(dataset='svhn', protocol=p, num_val=5) for p in ('paper', 'released')]
     assert [config.selection_attack()['step_size'] for config in svhn] == [1/255, 2/255]
 
 
 def test_precision_on_a_gpu(monkeypatch):
     "bf16 where the GPU has it; float32 as in the released code, unless told otherwise"
-    monkeypatch.setattr(train, 'resolve_device', lambda device: 'cuda')
+    monkeypatch.setattr(config_module, 'resolve_device', lambda device: 'cuda')
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **kwargs: True)
     assert TrainConfig().precision == 'bf16'
     released = dict(protocol='released', num_val=5)
@@ -347,10 +356,10 @@ def test_the_default_protocol_changes_no_name():
                           (dict(dataset='cifar10'), 'cifar10-weat_adv-resnet18-s0-92f3dba6'),
                           (other, 'cifar100-mail_trades-resnet18-s3-474ebedd')]:
         config = TrainConfig(**options, protocol='paper', device='cpu')
-        assert train.run_name(config) == name and 'protocol' not in config.identity()
+        assert run_name(config) == name and 'protocol' not in config.identity()
     paper, released = (TrainConfig(num_val=500, protocol=p) for p in ('paper', 'released'))
     assert released.identity() == {**paper.identity(), 'protocol': 'released'}
-    assert train.run_name(released) != train.run_name(paper)
+    assert run_name(released) != run_name(paper)
 
 
 def test_what_the_released_protocol_needs(tmp_path):
@@ -369,9 +378,9 @@ def test_what_the_released_protocol_needs(tmp_path):
     mixed = dict(TINY, num_train=50, aux_data=file, aux_fraction=.25)
     config = TrainConfig(protocol='released', **mixed)
     images, _, aux = training_data(config)
-    parts = train.epoch_batches(images, aux, config, torch.Generator().manual_seed(0))
+    parts = epoch_batches(images, aux, config, torch.Generator().manual_seed(0))
     sizes = [len(x) for x, _ in parts]
-    assert sizes == [32, 32, 10] and train.epoch_size(config, 50) == (3, sum(sizes))
+    assert sizes == [32, 32, 10] and epoch_size(config, 50) == (3, sum(sizes))
 
 
 def test_a_data_set_without_a_protocol(monkeypatch):
@@ -385,11 +394,11 @@ def test_a_data_set_without_a_protocol(monkeypatch):
         TrainConfig(dataset='mine', **{**given, 'epochs': None, 'eps': None})
     everything = f"'mine' has no protocol: give {', '.join([*given][:-1])} and num_val"
     with pytest.raises(ValueError, match=everything): TrainConfig(dataset='mine')
-    monkeypatch.setitem(train.PROTOCOLS, 'mine', {**given, 'lr': .05})
+    monkeypatch.setitem(PROTOCOLS, 'mine', {**given, 'lr': .05})
     assert TrainConfig(dataset='mine').lr == .05 and TrainConfig(dataset='mine', lr=.2).lr == .2
-    monkeypatch.setitem(train.PROTOCOLS, 'mine', dict(lr=.05))
+    monkeypatch.setitem(PROTOCOLS, 'mine', dict(lr=.05))
     with pytest.raises(ValueError, match="'mine' has an incomplete protocol: give eps"):
-        train.from_protocol('mine', dict(eps=None, lr=None))
+        from_protocol('mine', dict(eps=None, lr=None))
 
 
 def synthesised(path, n=300, size=28, classes=10):
@@ -407,14 +416,14 @@ def test_synthesised_images_select_and_train(tmp_path):
     config = TrainConfig(aux_data=file, aux_fraction=.5, epochs=1, **TINY)
     images, held_out, aux = training_data(config)
     assert (len(images), len(held_out), len(aux)) == (64, 4, 296)
-    x, y = next(train.epoch_batches(images, aux, config, torch.Generator().manual_seed(0)))
+    x, y = next(epoch_batches(images, aux, config, torch.Generator().manual_seed(0)))
     assert len(x) == len(y) == config.batch_size
     assert (train.fit(config, tmp_path/'run').history[0]['updates']
-            == train.training_cost(config)['updates'])
+            == training_cost(config)['updates'])
     whole = TrainConfig(aux_data=file, aux_fraction=.5, num_val=50, batch_size=64)
     images, _, aux = training_data(whole)
-    assert train.training_cost(whole)['updates'] == whole.epochs*len(list(
-        train.epoch_batches(images, aux, whole, torch.Generator())))
+    assert training_cost(whole)['updates'] == whole.epochs*len(list(
+        epoch_batches(images, aux, whole, torch.Generator())))
     with pytest.raises(ValueError, match='holds images of shape'):
         training_data(TrainConfig(aux_data=synthesised(tmp_path/'big.npz', size=32)))
     with pytest.raises(ValueError):
@@ -429,10 +438,10 @@ def test_synthesised_images_select_and_train(tmp_path):
 def test_synthesised_images_are_known_by_their_content(tmp_path):
     file, same, other = (synthesised(tmp_path/f'{name}.npz', n=n)
                          for name, n in (('a', 300), ('b', 300), ('c', 310)))
-    names = [train.run_name(TrainConfig(aux_data=f)) for f in (file, same, other)]
+    names = [run_name(TrainConfig(aux_data=f)) for f in (file, same, other)]
     assert names[0] == names[1] != names[2]
     os.replace(other, file)
-    assert train.run_name(TrainConfig(aux_data=file)) == names[2] # what it holds now
+    assert run_name(TrainConfig(aux_data=file)) == names[2] # what it holds now
 
 
 def test_synthesised_images_in_the_home_folder(tmp_path, monkeypatch):
@@ -471,15 +480,15 @@ def test_wrong_launch_leaves_no_folder(how, message, tmp_path):
 
 def test_what_is_not_finite():
     model = torch.nn.Linear(2, 1)
-    train.check_finite(model, torch.tensor(1.), 'here') # no gradients yet
+    check_finite(model, torch.tensor(1.), 'here') # no gradients yet
     model.weight.grad = torch.full((1, 2), 3e38) # finite, their norm is not
-    train.check_finite(model, torch.tensor(1.), 'here')
+    check_finite(model, torch.tensor(1.), 'here')
     model.bias.grad = torch.tensor([float('nan')])
     with pytest.raises(NonFiniteError,
                        match='here: the loss is 1.0; the gradient of bias and 0 more'):
-        train.check_finite(model, torch.tensor(1.), 'here')
+        check_finite(model, torch.tensor(1.), 'here')
     with pytest.raises(NonFiniteError, match='the loss is inf'):
-        train.check_finite(torch.nn.Linear(2, 1), torch.tensor(float('inf')), 'here')
+        check_finite(torch.nn.Linear(2, 1), torch.tensor(float('inf')), 'here')
 
 
 def test_checkpoint_of_another_architecture(tmp_path):

@@ -1,19 +1,23 @@
 "What a recipe, a step, a schedule, an optimiser or a network of one's own may and may not do"
+from dataclasses import replace
 import json
 
 import numpy as np
 import pytest
 import torch
 
-import weat_nb.train as train
-from weat_nb.checkpoints import CheckpointError, load_tensors, save_checkpoint
+from weat_nb.checkpoints import save_checkpoint
+from weat_nb.config import TrainConfig, run_name
 from weat_nb.data import ImageData
+from weat_nb.epoch import epoch_batches, make_training
 from weat_nb.losses import OBJECTIVES
+from weat_nb.measure import measure_energies
 from weat_nb.models import create_model
 from weat_nb.pretrained import load_pretrained, publish_model
 from weat_nb.recipes import AWP
 from weat_nb.step import TrainStep
-from weat_nb.train import TrainConfig, fit, run_name
+from weat_nb.tensors import CheckpointError, load_tensors
+from weat_nb.train import fit
 
 SMALL = dict(arch='resnet8', epochs=2, eps=.1, step_size=.03, attack_steps=1, batch_size=8, lr=.05,
              weight_decay=5e-4, num_train=16, num_val=4, device='cpu')
@@ -94,7 +98,7 @@ def test_awp_and_the_objectives_own_parameter():
     for wrap in (lambda step: step, lambda step: AWP(step, 1e-6)):
         loss = Scaled()
         step = TrainStep(create_model('resnet8', 10, 1, 8, seed=0).double(),
-                         train.replace(OBJECTIVES['sat'], function=loss), eps=.1, step_size=.03,
+                         replace(OBJECTIVES['sat'], function=loss), eps=.1, step_size=.03,
                          steps=1)
         wrap(step)(x, y, x_adv=x)
         grads.append(loss.scale.grad.item())
@@ -113,7 +117,7 @@ def test_what_a_recipe_draws(recipe, tmp_path):
         assert drawn == torch.rand(1)
     assert same_runs(*runs)
     model = create_model('resnet8', 2, 1, 8, seed=0)
-    firsts = [train.make_training(model, recipe(draw, seed=seed)).model.linear.weight.tolist()
+    firsts = [make_training(model, recipe(draw, seed=seed)).model.linear.weight.tolist()
               for seed in (0, 0, 1)]
     assert firsts[0] == firsts[1] != firsts[2]
 
@@ -202,7 +206,7 @@ def test_a_network_that_draws_when_it_is_measured():
     data = ImageData(torch.randint(256, (20, 1, 8, 8), generator=g, dtype=torch.uint8),
                      torch.arange(20)%3, ('a', 'b', 'c'), 'noise')
     model, how = Noisy(), dict(eps=.1, step_size=.03, steps=2, batch_size=7)
-    one, two, other = (train.measure_energies(model, data, seed=seed, **how) for seed in (0, 0, 1))
+    one, two, other = (measure_energies(model, data, seed=seed, **how) for seed in (0, 0, 1))
     assert same(one, two) and not torch.equal(one['energy_nat'], other['energy_nat'])
 
 
@@ -291,7 +295,7 @@ def test_without_mirroring(small):
     images = torch.arange(1, 9, dtype=torch.uint8).mul(30).expand(16, 1, 8, 8).contiguous()
     data = ImageData(images, torch.arange(16)%2, ('a', 'b'), 'ramps')
     def rising(config):
-        pairs = train.epoch_batches(data, None, config, torch.Generator().manual_seed(0))
+        pairs = epoch_batches(data, None, config, torch.Generator().manual_seed(0))
         middle = torch.cat([x for x, _ in pairs])[:, 0, 4, 2:6]
         return (middle.diff(dim=1) > 0).all(1)
     assert rising(small(flip=False)).all()

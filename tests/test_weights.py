@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from weat_nb.checkpoints import CheckpointError
-from weat_nb.evaluate import load_model
-from weat_nb.models import WideResNet, create_model
-from weat_nb.pretrained import load_weights, read_state_dict
+from weat_nb.models import create_model
+from weat_nb.networks import WideResNet
+from weat_nb.pretrained import load_model, load_weights, read_state_dict
+from weat_nb.tensors import CheckpointError
 from weat_nb.weights import fill_weights, find_weights
 
 NET = '''
@@ -527,7 +527,7 @@ def test_a_refused_pickle_and_the_advice(write, named, net, code, tmp_path):
 def test_the_advice_in_a_shell(tmp_path):
     model = create_model('resnet8', 10, seed=1).eval()
     torch.save(dict(model=model), tmp_path/'w.pt')
-    with pytest.raises(CheckpointError, match=r'weat_nb\.models\.CifarResNet') as e:
+    with pytest.raises(CheckpointError, match=r'weat_nb\.networks\.CifarResNet') as e:
         load_weights(tmp_path/'w.pt', 'resnet8')
     command = str(e.value).splitlines()[-1].strip().removeprefix('python')
     subprocess.run(shlex.quote(sys.executable) + command, shell=True, check=True)

@@ -32,6 +32,7 @@ def _original(module:str, name:str)->Any:
                           "pip install 'weat_nb[attacks]'; pgd, trades, cw-l2 and cw-linf need "
                           "nothing") from error
 
+# %% ../nbs/parts/apgd_fab_square.ipynb #b4a67f4d
 def _perturb(make:Callable[..., Any], model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, *,
              eps:float, restarts:int, **options:Any)->Tensor:
     "Build one of their attacks and run it; nothing but the images it returns is changed"
@@ -45,6 +46,7 @@ def _perturb(make:Callable[..., Any], model:Callable[[Tensor], Tensor], x:Tensor
             with defaults(*callers): return model(z)
         return make(images_only(read), norm="Linf", **own, **options).perturb(x, y).detach()
 
+# %% ../nbs/parts/apgd_fab_square.ipynb #c07caf25
 def _targets(targets:int|None, classes:int)->int:
     "How many classes a targeted attack aims at"
     if targets is None: return min(9, classes - 1)
@@ -69,6 +71,7 @@ def apgd(
     return _perturb(make, model, x, y, eps=eps, n_iter=check_count("steps", steps), seed=seed,
                     loss=loss, restarts=restarts, logger=_SILENT)
 
+# %% ../nbs/parts/apgd_fab_square.ipynb #032eb05c
 def apgd_targeted(
     model:Callable[[Tensor], Tensor], # images -> logits (B, K), K at least 4, in evaluation mode
     x:Tensor, # (B, C, H, W) natural images in [0, 1], float32

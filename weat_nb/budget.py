@@ -46,6 +46,7 @@ def _seconds(value:Any)->float:
     else: return math.nan if '/' in text else as_number(text)
     return sum(float(n or 0)*unit for n, unit in zip(parts, (86400, 3600, 60, 1)))
 
+# %% ../nbs/parts/budget.ipynb #a689039f
 def check_duration(
     name:str, # what the caller's argument is called
     value:Any, # what was given
@@ -57,6 +58,7 @@ def check_duration(
     refuse(name, value, 'a time above 0, such as 90s, 5m, 1.5h, 2h30m, 90 (seconds), '
            '30:00, 00:30:00 or 1-02:00:00 (days-hours:minutes:seconds)')
 
+# %% ../nbs/parts/budget.ipynb #fc75050c
 def in_time(
     seconds:float, # a length of time
 )->str: # for example 1 h 30 min
@@ -83,12 +85,14 @@ def process_age(
     except (OSError, ValueError, LookupError, AttributeError): return since_import
     return max(age, since_import)
 
+# %% ../nbs/parts/budget.ipynb #309f3045
 def _of_papermill(pid:int)->bool:
     "Is a process the command papermill?"
     try: words = Path(f'/proc/{pid}/cmdline').read_bytes().split(b'\0')[:4]
     except OSError: return False
     return any(Path(os.fsdecode(word)).name == 'papermill' for word in words)
 
+# %% ../nbs/parts/budget.ipynb #41f636d3
 @dataclass
 class Budget:
     "How much time there is, from when, and what of it the work after training needs"
@@ -156,6 +160,7 @@ class Stop:
     def __init__(self)->None:
         self.workers:Callable[[], list[int]] = lambda: [] # processes that are told, too
 
+# %% ../nbs/parts/budget.ipynb #2593ff08
 STOPS:list[Stop] = [] # of the blocks that this process is in
 
 @contextmanager
@@ -181,6 +186,7 @@ def _outlive_parent(
             poller.os = before
             ended.set()
 
+# %% ../nbs/parts/budget.ipynb #3ca6ff3e
 @contextmanager
 def stop_on_signal(
     mark:Path|None = None, # a file that is made when somebody asks
@@ -208,6 +214,7 @@ def stop_on_signal(
         for number, handler in before.items(): signal.signal(number, handler)
         STOPS.remove(stop)
 
+# %% ../nbs/parts/budget.ipynb #442dee89
 class Stopped(SystemExit):
     "A run was stopped, its state is on the disk, the same command goes on; ends a script with 75"
     def __init__(self,
@@ -220,6 +227,7 @@ class Stopped(SystemExit):
 class BudgetError(ValueError):
     "A time budget in which nothing of use can be done"
 
+# %% ../nbs/parts/budget.ipynb #4d477b85
 def how_far(
     by:str|None, # what stopped it: budget or a signal's name
     epochs:int, # that were run

@@ -33,6 +33,7 @@ def _per_image(values:Tensor, x:Tensor)->Tensor:
     "(B,) in a shape that multiplies images"
     return values.view(-1, *[1] * (x.dim() - 1))
 
+# %% ../nbs/parts/carlini_wagner.ipynb #103ddc6c
 class _Adam:
     "Adam on a batch of independent problems, one an image; finished ones can be taken out"
     def __init__(self, w:Tensor, lr:float):
@@ -130,6 +131,7 @@ def _descend(
         w = adam.step(w, grad)
     return result, wrong
 
+# %% ../nbs/parts/carlini_wagner.ipynb #1e4fd165
 def cw_linf(
     model:Callable[[Tensor], Tensor], # images -> logits (B, K), in evaluation mode
     x:Tensor, # (B, C, H, W) natural images in [0, 1]

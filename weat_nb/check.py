@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .budget import check_duration
@@ -60,6 +61,7 @@ def answer(
     yield dict(versions=versions(b), names=names)
     yield from lines(b, names, given['budget'] - (time.monotonic() - begun))
 
+# %% ../nbs/parts/check.ipynb #d890bc55
 def serve()->None:
     "The process that does the work: settings come by its input, lines of JSON leave by its output"
     out = os.fdopen(os.dup(1), 'w', encoding='utf-8')
@@ -74,6 +76,7 @@ def serve()->None:
         out.flush()
     os._exit(0) # without the destructors of a driver that may be broken
 
+# %% ../nbs/parts/check.ipynb #13f85705
 class Child:
     "A process that does the work, and what it says"
     def __init__(self,
@@ -118,6 +121,7 @@ def _heard(child:Child, messages:queue.SimpleQueue, limit:float)->dict[str, Any]
         except queue.Empty: return dict(hangs=f'it took more than {limit:g} s and was ended')
         if sender is child: return message # else of an earlier process
 
+# %% ../nbs/parts/check.ipynb #c1cc52dd
 def _death(child:Child)->tuple[str, str]: # result, why
     "What is said of the line in which a process has ended"
     code = child.process.returncode
@@ -127,6 +131,7 @@ def _death(child:Child)->tuple[str, str]: # result, why
     how = signal.Signals(-code).name if code < 0 else f'exit code {code}'
     return 'FAILED', f'the process ended with {how}: {child.last_words() or "no last words"}'
 
+# %% ../nbs/parts/check.ipynb #2d2a0af8
 def talk(
     settings:Mapping[str, Any], # for `answer`
     limit:float|None = None, # seconds that a line may take; None: `LIMIT`
@@ -165,6 +170,8 @@ def talk(
 CODES = {0: 'all is right', 1: 'a check has failed', 2: 'wrong arguments',
          3: 'no check has failed, but memory was too small for some',
          '128 + n': 'ended by signal n: 130 by Ctrl-C, 143 by SIGTERM'}
+
+# %% ../nbs/parts/check.ipynb #1638c03c
 # of the table of checks, and of the table of updates: column, key of a row, width
 _CHECK = (('check', 'name', 22), ('result', 'result', 7), ('measured', 'measured', 60),
           ('s', 'seconds', 5))
@@ -177,6 +184,7 @@ _SPEED = (('update', 'name', 19), ('what', 'measured', 31), ('arithmetic', 'arit
 def _columns(row:Mapping[str, Any])->tuple[tuple[str, str, int], ...]:
     return _SPEED if 'ms' in row else _CHECK
 
+# %% ../nbs/parts/check.ipynb #cafe03fa
 def tables(
     rows:Sequence[Mapping[str, Any]], # of `check_machine`
 )->tuple[list[dict[str, Any]], list[dict[str, Any]]]: # for `weat_nb.plots.Table`
@@ -187,6 +195,7 @@ def tables(
     return shown[0], [{k: v for k, v in row.items() if any(r[k] is not None for r in shown[1])}
                       for row in shown[1]]
 
+# %% ../nbs/parts/check.ipynb #8bd85c92
 def _line(columns:Sequence[tuple[str, str, int]], row:Mapping[str, Any])->str:
     "A row of a Markdown table that can be read as it is"
     cells = []
@@ -196,10 +205,12 @@ def _line(columns:Sequence[tuple[str, str, int]], row:Mapping[str, Any])->str:
         cells.append(text.rjust(width) if isinstance(value, (int, float)) else text.ljust(width))
     return f'| {" | ".join(cells)} |'
 
+# %% ../nbs/parts/check.ipynb #db41a566
 def _head(columns:Sequence[tuple[str, str, int]])->str:
     names = ' | '.join(title.ljust(width) for title, _, width in columns)
     return f'\n| {names} |\n|{"|".join("-"*(width + 2) for *_, width in columns)}|'
 
+# %% ../nbs/parts/check.ipynb #18e88194
 def exit_code(
     report:Mapping[str, Any], # of `check_machine`
 )->int: # a key of `CODES`
@@ -208,6 +219,7 @@ def exit_code(
     results = {row['result'] for row in report['rows']}
     return 1 if 'FAILED' in results else 3 if 'out of memory' in results else 0
 
+# %% ../nbs/parts/check.ipynb #21471216
 def _summary(report:Mapping[str, Any])->str:
     "One sentence at the end"
     counts:dict[str, int] = {}
@@ -222,6 +234,39 @@ def _summary(report:Mapping[str, Any])->str:
 class Ended(BaseException):
     "A signal has asked the command to end; its number"
 
+# %% ../nbs/parts/check.ipynb #a60d5338
+class _Report:
+    "What was said so far, kept in a file after every line, and shown"
+    def __init__(self, file:Path|None, say:Callable[[str], object]):
+        self.file, self.say, self.begun = file, say, time.monotonic()
+        self.found:dict[str, Any] = dict(versions={}, names=[], rows=[])
+        self.columns:object = None # of the row before
+
+    def keep(self, number:int|None = None)->None:
+        "Write it, and the signal that has ended it"
+        self.found.update(seconds=round(time.monotonic() - self.begun, 1), signal=number)
+        self.found['exit_code'] = exit_code(self.found)
+        if self.file is not None: write_text(self.file, json.dumps(self.found, indent=1) + '\n')
+
+    def take(self, message:dict[str, Any])->None:
+        "What `answer` has said"
+        if 'refused' in message:
+            kind = ValueError if message.get('code', 2) == 2 else RuntimeError
+            raise kind(message['refused'])
+        if 'versions' in message:
+            self.found.update(message)
+            for name, value in message['versions'].items():
+                if value is not None: self.say(f'- {name}: {value}')
+            self.keep()
+        if row := message.get('row'):
+            self.found['rows'].append(row)
+            self.keep()
+            columns = _columns(row)
+            if columns is not self.columns: self.say(_head(columns))
+            self.columns = columns
+            self.say(_line(columns, row))
+
+# %% ../nbs/parts/check.ipynb #700c34f5
 def check_machine(
     device:str = 'auto', # auto, cuda, mps or cpu
     arch:str|None = None, # network; None: resnet18 on a GPU, resnet8 on a CPU
@@ -240,34 +285,15 @@ def check_machine(
                     skip=list(skip), quick=quick,
                     budget=check_duration('budget', budget))
     if file is not None: file = check_path('file', file, 'new file')
-    begun, say, columns = time.monotonic(), show or (lambda text: None), None
-    report:dict[str, Any] = dict(versions={}, names=[], rows=[])
-    def keep(number:int|None = None)->None:
-        report.update(seconds=round(time.monotonic() - begun, 1), signal=number)
-        report['exit_code'] = exit_code(report)
-        if file is not None: write_text(file, json.dumps(report, indent=1) + '\n')
+    report = _Report(file, show or (lambda text: None))
     said = talk(settings) if isolated else answer(settings)
     try:
-        for message in said:
-            if 'refused' in message:
-                kind = ValueError if message.get('code', 2) == 2 else RuntimeError
-                raise kind(message['refused'])
-            if 'begin' in message: continue
-            if 'versions' in message:
-                report.update(message)
-                for name, value in report['versions'].items():
-                    if value is not None: say(f'- {name}: {value}')
-            if row := message.get('row'):
-                report['rows'].append(row)
-                keep()
-                if columns is not (columns := _columns(row)): say(_head(columns))
-                say(_line(columns, row))
-            else: keep()
-    except Ended as e: keep(e.args[0])
+        for message in said: report.take(message)
+        report.keep()
+    except Ended as e: report.keep(e.args[0])
     finally: said.close() # and with it the process
-    if not report.get('signal'): keep()
-    say(f'\n{_summary(report)}')
-    return report
+    report.say(f'\n{_summary(report.found)}')
+    return report.found
 
 # %% ../nbs/parts/check.ipynb #26956fab
 def _parser()->argparse.ArgumentParser:
@@ -290,6 +316,7 @@ def _parser()->argparse.ArgumentParser:
         help='in this process, for a debugger; a crash then takes the table along')
     return parser
 
+# %% ../nbs/parts/check.ipynb #71367ce1
 def main(
     argv:Sequence[str]|None = None, # arguments; None: those of the command line
 )->int: # a key of `CODES`

@@ -40,6 +40,7 @@ def in_words(
     kind = '' if hasattr(x, 'requires_grad') else f'{kind} ' # a tensor is what is expected
     return f'{kind}{str(x.dtype).removeprefix("torch.")} {tuple(x.shape)}'
 
+# %% ../nbs/parts/checks.ipynb #0ad5bc3f
 def refuse(
     name:str, # what the caller's argument is called
     value:object, # what was given
@@ -50,6 +51,7 @@ def refuse(
     given = text if len(text := repr(value)) < 200 else text[:200] + '…'
     raise ValueError(f'{name} = {given} is not allowed: it must be {allowed}{hint}')
 
+# %% ../nbs/parts/checks.ipynb #8afe8e05
 def check_name(
     what:str, # what the caller's argument is called
     name:object, # what was given
@@ -79,6 +81,7 @@ def as_number(
         raise ValueError(f'{value!r} is no {"whole " if whole else "finite "}number')
     return int(value) if whole else float(value)
 
+# %% ../nbs/parts/checks.ipynb #f08d262f
 def number_in_words(
     whole:bool = False, # a whole number?
     **bounds:float|None, # low, above, high, below
@@ -90,6 +93,7 @@ def number_in_words(
     kind = 'a whole number' if whole else 'a number or a fraction like 8/255'
     return ', '.join([kind, ' and '.join(words)]) if words else kind
 
+# %% ../nbs/parts/checks.ipynb #49ab86c4
 def check_number(
     name:str, # what the caller's argument is called
     value:Any, # what was given
@@ -110,6 +114,7 @@ def check_number(
             and number == number): return number
     refuse(name, value, number_in_words(whole, **bounds), hint)
 
+# %% ../nbs/parts/checks.ipynb #726da892
 def check_count(
     name:str, # what the caller's argument is called
     value:Any, # what was given
@@ -133,6 +138,7 @@ def as_path(
     except (RuntimeError, ValueError, TypeError) as e:
         refuse(name, str(path) if isinstance(path, Path) else path, 'a path', f': {e}')
 
+# %% ../nbs/parts/checks.ipynb #2f212cd8
 _PATHS:dict[str, str] = { # kind -> in words
     'file': 'a file that is there', 'folder': 'a folder that is there',
     'new file': 'a file, there or not yet', 'new folder': 'a folder, there or not yet'}
@@ -152,6 +158,7 @@ def check_path(
     if given and good: return path
     refuse(name, str(value) if given else value, _PATHS[kind])
 
+# %% ../nbs/parts/checks.ipynb #b40c6d5b
 def check_digest(
     name:str, # what the caller's argument is called
     value:Any, # what was given
@@ -169,6 +176,7 @@ def height_width(
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
+# %% ../nbs/parts/checks.ipynb #eb2d0461
 def check_size(
     name:str, # what the caller's argument is called
     value:Any, # what was given: a number, or height and width
@@ -211,6 +219,7 @@ def check_images(
     raise ValueError(f'pixels of {name} must lie in [0, 1], '
                      f'given values from {low:.8g} to {high:.8g}: {cure}')
 
+# %% ../nbs/parts/checks.ipynb #770ade9a
 def check_labels(
     y:Any, # what was given
     n:int|None = None, # images that they belong to; None: any number
@@ -237,6 +246,7 @@ def check_labels(
         raise ValueError(f'{name} must be class indices, {classes}, given {low} to {high}')
     return high
 
+# %% ../nbs/parts/checks.ipynb #65ad3a71
 def _what_to_return(logits:Any)->str:
     "What to do about an output that is no tensor (B, K)"
     if isinstance(logits, Mapping) or hasattr(logits, 'logits'):
@@ -251,6 +261,7 @@ def _what_to_return(logits:Any)->str:
     else: return ''
     return f'; wrap the model so that it returns logits: lambda x: model(x){what}'
 
+# %% ../nbs/parts/checks.ipynb #c01c91c1
 def check_logits(
     logits:Any, # what the model returned
     n:int|None = None, # images that it was given; None: any number
@@ -286,6 +297,7 @@ def check_logits(
                          'does the model run under no_grad or detach?')
     return as_float32(logits)
 
+# %% ../nbs/parts/checks.ipynb #3edf714a
 def as_float32(
     logits:Any, # of any floating type
 )->Any: # float32 or float64

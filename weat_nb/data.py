@@ -11,19 +11,22 @@ __all__ = ['DATASETS', 'OWN_DATA', 'ImageData', 'DatasetSpec', 'is_own_dataset',
 # %% ../nbs/parts/data.ipynb #1d4920b1
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import as_path, check_count, check_labels, check_name, in_words
-from .fetch import READERS, data_root
+from .checks import as_path, check_count, check_labels, check_name, in_words, refuse
+from .fetch import data_root
 from .guards import defaults
 from .own import is_address, load_own, own_content
 from .own_data import read_npz, read_own
+from .readers import (Arrays, read_cifar, read_fashion_mini, read_fashion_mnist, read_svhn,
+                             read_tiny_imagenet)
 
 # %% ../nbs/parts/data.ipynb #93d41ee6
 @dataclass(frozen=True, eq=False, repr=False)
@@ -94,14 +97,21 @@ class DatasetSpec:
     n_test:int # test images
     pad:int # zero padding of the random crop in training, in pixels
     flip:bool # horizontal flips in training
+    # (training split?, folder of the data sets) -> images (N, C, H, W) uint8, labels (N,), classes;
+    # fetches what is not there yet. None: of images of one's own
+    read:Callable[[bool, Path], Arrays]|None = field(default=None, repr=False)
 
+# %% ../nbs/parts/data.ipynb #acbc9dea
 DATASETS = {
-    'fashion_mini':  DatasetSpec(10, 1, 28, 8_000, 2_000, pad=2, flip=True),
-    'fashion_mnist': DatasetSpec(10, 1, 28, 60_000, 10_000, pad=2, flip=True),
-    'cifar10':       DatasetSpec(10, 3, 32, 50_000, 10_000, pad=4, flip=True),
-    'cifar100':      DatasetSpec(100, 3, 32, 50_000, 10_000, pad=4, flip=True),
-    'svhn':          DatasetSpec(10, 3, 32, 73_257, 26_032, pad=4, flip=True),
-    'tiny_imagenet': DatasetSpec(200, 3, 64, 100_000, 10_000, pad=4, flip=True),
+    'fashion_mini': DatasetSpec(10, 1, 28, 8_000, 2_000, pad=2, flip=True, read=read_fashion_mini),
+    'fashion_mnist': DatasetSpec(10, 1, 28, 60_000, 10_000, pad=2, flip=True,
+                                 read=read_fashion_mnist),
+    'cifar10': DatasetSpec(10, 3, 32, 50_000, 10_000, pad=4, flip=True, read=read_cifar),
+    'cifar100': DatasetSpec(100, 3, 32, 50_000, 10_000, pad=4, flip=True,
+                            read=partial(read_cifar, num_classes=100)),
+    'svhn': DatasetSpec(10, 3, 32, 73_257, 26_032, pad=4, flip=True, read=read_svhn),
+    'tiny_imagenet': DatasetSpec(200, 3, 64, 100_000, 10_000, pad=4, flip=True,
+                                 read=read_tiny_imagenet),
 }
 
 # %% ../nbs/parts/data.ipynb #c4ba2353
@@ -118,6 +128,7 @@ def _own_key(name:str)->str:
     "Changes with the content of images of one's own"
     return own_content('dataset', name)
 
+# %% ../nbs/parts/data.ipynb #6028d98c
 @lru_cache(maxsize=2)
 def _own_splits(name:str, key:str)->tuple[ImageData, ImageData]:
     "Training and test images"
@@ -141,6 +152,7 @@ def _own_splits(name:str, key:str)->tuple[ImageData, ImageData]:
                          f'{train!r}, {test!r}')
     return train, test
 
+# %% ../nbs/parts/data.ipynb #680b3599
 def dataset_spec(
     name:str, # as in `load_dataset`
 )->DatasetSpec: # its row, or what images of one's own say of themselves
@@ -150,6 +162,7 @@ def dataset_spec(
     return DatasetSpec(train.num_classes, train.in_channels, train.image_size, len(train),
                        len(test), pad=min(train.images.shape[2:])//8, flip=True)
 
+# %% ../nbs/parts/data.ipynb #2c04c9d5
 def dataset_identity(
     name:str, # as in `load_dataset`
 )->str: # the name of a listed data set; of one's own a name and the start of a SHA-256
@@ -171,7 +184,9 @@ def load_dataset(
     name = str(name) if isinstance(name, os.PathLike) else name
     check_name('dataset', name, DATASETS, OWN_DATA)
     if is_own_dataset(name): return _own_splits(name, _own_key(name))[split == 'test']
-    images, labels, classes = READERS[name](split == 'train', data_root(root))
+    read = DATASETS[name].read
+    if read is None: refuse(f'DATASETS[{name!r}].read', None, 'a function that reads its images')
+    images, labels, classes = read(split == 'train', data_root(root))
     return ImageData(torch.from_numpy(images), torch.from_numpy(labels), classes, name)
 
 # %% ../nbs/parts/data.ipynb #c5effffa

@@ -59,6 +59,7 @@ def barrier()->None:
     if world_size() == 1: return
     dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == 'nccl' else None)
 
+# %% ../nbs/parts/distributed.ipynb #5d00734b
 def all_mean(
     values:Tensor, # any shape, the same in every process; on the GPU where the processes have one
 )->Tensor: # like `values`, the same in every process
@@ -68,6 +69,7 @@ def all_mean(
     dist.all_reduce(values)
     return values / world_size()
 
+# %% ../nbs/parts/distributed.ipynb #06eee669
 def all_max(
     value:int, # of this process
 )->int: # the same in every process
@@ -78,6 +80,7 @@ def all_max(
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
+# %% ../nbs/parts/distributed.ipynb #53a46f77
 def everyones(
     value:Any, # of this process; what pickle can hold
 )->list[Any]: # of every process, in order
@@ -85,7 +88,6 @@ def everyones(
     found = [value]*world_size()
     if len(found) > 1: dist.all_gather_object(found, value)
     return found
-
 
 # %% ../nbs/parts/distributed.ipynb #ea1a9be7
 def my_share(
@@ -164,6 +166,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             self.running_var.copy_(self.running_var + share*(var*n/(n - 1) - self.running_var))
         return y
 
+# %% ../nbs/parts/distributed.ipynb #afce648b
 def synchronise_batchnorm(
     model:nn.Module, # changed in place
 )->nn.Module: # the same model
@@ -192,11 +195,13 @@ def _function(name:str)->Callable[..., Any]:
                          "name it 'package.module:function'")
     return pkgutil.resolve_name(name)
 
+# %% ../nbs/parts/distributed.ipynb #d91876ba
 def _agent_store(env:Mapping[str, str])->dist.Store:
     "The table of names and values that the launcher keeps for its workers"
     return dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), is_master=False,
                          timeout=timedelta(minutes=5))
 
+# %% ../nbs/parts/distributed.ipynb #62a458a9
 def _worker(function:str, args:str, node_rank:int, device:str)->str:
     "What each process runs: join the others, call the function, leave"
     # sent when the caller dies; Python's handler would sit out a long wait
@@ -235,6 +240,7 @@ class _Attempts(DefaultLogsSpecs):
                 f"of {env['TORCHELASTIC_MAX_RESTARTS']})")
         return super().reify(envs)
 
+# %% ../nbs/parts/distributed.ipynb #a9617acd
 def _error_in(folder:str)->WorkerError|None:
     "The first error that a worker made by itself, not for the loss of another"
     for file in sorted(Path(folder).rglob('error.json')): # in a folder named after the process
@@ -246,6 +252,7 @@ def _error_in(folder:str)->WorkerError|None:
         return error
     return None
 
+# %% ../nbs/parts/distributed.ipynb #af594f68
 @contextmanager
 def _passed_on()->Iterator[None]:
     "Where the caller only notes signals, pass them on to the workers, which note them likewise"
@@ -263,6 +270,7 @@ def _passed_on()->Iterator[None]:
         if before is None: del os.environ[name]
         else: os.environ[name] = before
 
+# %% ../nbs/parts/distributed.ipynb #4356fa73
 @contextmanager
 def _caller_kept()->Iterator[None]:
     "Keep the caller's signal handlers, loggers and `__main__` from the launcher, or put them back"
@@ -327,6 +335,7 @@ def launch(
     if not results: return None # stopped by a signal that the caller only notes
     return json.loads(results[min(results)]) if node_rank == 0 else None
 
+# %% ../nbs/parts/distributed.ipynb #70256d0c
 def _gave_up(failed:ChildFailedError, max_restarts:int)->WorkerError:
     "The last failure when nothing but lost processes was found"
     number, failure = failed.get_first_failure()
@@ -337,6 +346,7 @@ def _gave_up(failed:ChildFailedError, max_restarts:int)->WorkerError:
     return WorkerError(f'process {number} {what}, and there were {max_restarts} restarts already; '
                        'is memory short?')
 
+# %% ../nbs/parts/distributed.ipynb #ad2e13c6
 def check_launch(
     num_processes:int, # processes on this machine
     num_nodes:int, # machines
@@ -351,9 +361,12 @@ def check_launch(
          f'num_processes = {num_processes} is not allowed: it must be at least 1'),
         (num_nodes < 1, f'num_nodes = {num_nodes} is not allowed: it must be at least 1'),
         (not 0 <= node_rank < num_nodes,
-         f'node_rank = {node_rank} is not allowed: it counts from 0 to num_nodes - 1'),
+         f'node_rank = {node_rank} is not allowed: it counts from 0 '
+         f'to {num_nodes - 1}'),
         (num_nodes > 1 and not rdzv_endpoint,
          f'num_nodes = {num_nodes} needs rdzv_endpoint, host:port of a free port on machine 0'),
+        (rdzv_endpoint is not None and not re.fullmatch(r'\S+:\d{1,5}', rdzv_endpoint),
+         f'rdzv_endpoint = {rdzv_endpoint!r} is not allowed: it must be host:port'),
         (num_processes*num_nodes > 1 and device not in ('cpu', 'cuda'),
          f'device = {device!r} cannot be shared by processes: cpu and cuda can'),
         (num_processes > gpus,

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoints import load_tensors
 from .checks import (as_path, check_count, check_labels, check_logits, check_number,
                             in_words, refuse)
 from .energy import delta_energy
+from .measure import summarise
 from .plots import COLOURS, axes
-from .train import summarise
+from .tensors import load_tensors
 from .verdicts import Interval, bootstrap_interval, difference_interval
 
 # %% ../nbs/05_dynamics.ipynb #182a880e
@@ -46,6 +46,7 @@ def read_snapshots(
         found[check_count(f'{file}: epoch', metadata.get('epoch'), low=0)] = tensors
     return dict(sorted(found.items()))
 
+# %% ../nbs/05_dynamics.ipynb #76475bee
 def snapshot_history(
     snapshots:dict[int, dict[str, Tensor]], # of `read_snapshots`
 )->list[dict[str, float]]: # what metrics.jsonl says of held-out images, said of training images
@@ -96,6 +97,7 @@ def plot_scatter(
     for ax in panels[:, 0]: ax.set_ylabel('$E(x, y)$ (nats)')
     return fig
 
+# %% ../nbs/05_dynamics.ipynb #8072d6c4
 def plot_drift(
     measured:dict[str, Tensor], # a snapshot
     classes:Sequence[str]|None = None, # colour by class, with these names; None: by intensity
@@ -122,6 +124,7 @@ def plot_drift(
     ax.set(ylabel='$E(x, y)$ (nats)')
     return arrows
 
+# %% ../nbs/05_dynamics.ipynb #2a356e3a
 def animate_drift(
     snapshots:dict[int, dict[str, Tensor]], # epoch -> snapshot
     *,
@@ -163,6 +166,7 @@ def _curve(
                          f'NaN or infinite, given {v.size} values at {t.size} epochs')
     return t, v
 
+# %% ../nbs/05_dynamics.ipynb #22fbf83d
 @lru_cache(maxsize=8)
 def _lines(t:tuple[float, ...], least:int)->tuple[list[tuple[int, int]], np.ndarray]:
     "All pairs of joints (as positions) and an orthonormal basis (points, 4) of the lines with them"
@@ -173,6 +177,7 @@ def _lines(t:tuple[float, ...], least:int)->tuple[list[tuple[int, int]], np.ndar
     return joints, np.linalg.qr(np.stack([ones, ones*x, np.maximum(x - first, 0),
                                           np.maximum(x - second, 0)], axis=2))[0]
 
+# %% ../nbs/05_dynamics.ipynb #e8f8a344
 def _three_pieces(t:np.ndarray, v:np.ndarray, least:int)->tuple[np.ndarray, tuple[int, int]]:
     "Fitted values and joints (as positions) of the best continuous line of three pieces"
     joints, basis = _lines(tuple(t), least)
@@ -180,6 +185,7 @@ def _three_pieces(t:np.ndarray, v:np.ndarray, least:int)->tuple[np.ndarray, tupl
     best = int(((fitted - v)**2).sum(1).argmin())
     return fitted[best], joints[best]
 
+# %% ../nbs/05_dynamics.ipynb #dd24d923
 def find_phases(
     epochs:Sequence[int], # of the points, ascending
     delta:Sequence[float], # mean ΔE(x) at these epochs, nats
@@ -200,6 +206,7 @@ def find_phases(
     return dict(found=found, joints=(int(t[i]), int(t[j])), slopes=slope.tolist(),
                 fitted=fitted.tolist())
 
+# %% ../nbs/05_dynamics.ipynb #72c09a5a
 def robust_overfitting(
     epochs:Sequence[int], # ascending
     error:Sequence[float], # robust error on held-out images, percent
@@ -231,6 +238,7 @@ def phase_ratio(
         return float(second/max(min(first, third), 1e-9))
     return bootstrap_interval(ratio, delta.shape[1], draws=draws)
 
+# %% ../nbs/05_dynamics.ipynb #e60f3405
 def error_rise(
     history:Sequence[dict[str, float]], # epoch and robust accuracy pgd (%) on held-out images
     since:int, # epoch from which it is measured, to the last
@@ -245,6 +253,7 @@ def error_rise(
 class DivergenceWarning(UserWarning):
     "ΔE(x) has left the level it had"
 
+# %% ../nbs/05_dynamics.ipynb #337af486
 class EnergyMonitor:
     "Follows mean ΔE(x) by epoch and warns when it diverges: catastrophic or robust overfitting"
     def __init__(self,
@@ -332,6 +341,7 @@ class EnergyMonitor:
         self._delta, self._right, self._images = (
             given['running'][k] for k in ('delta', 'right', 'images'))
 
+# %% ../nbs/05_dynamics.ipynb #6aa45861
 def _holds(value:Any, *names:str)->bool:
     "Is this a dictionary of just these names, each with a number?"
     return (isinstance(value, dict) and value.keys() == set(names)
@@ -341,6 +351,7 @@ def _is_number(value:Any)->bool:
     whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e308
     return whole or isinstance(value, float)
 
+# %% ../nbs/05_dynamics.ipynb #fca979ae
 _STATE = dict( # part of a state -> is it one? ΔE may be NaN
     history=lambda h: isinstance(h, list) and all(
         _holds(e, 'epoch', 'delta', 'robust') and math.isfinite(e['epoch'])

@@ -17,15 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import load_tensors, save_tensors
+from .arithmetic import exact_float32
 from .checks import (as_path, check_count, check_images, check_labels, check_name,
                             check_number, in_words, refuse)
 from .data import ImageData, batches
 from .energy import joint_energy
+from .frozen import FrozenCopy
 from .guards import defaults, device_of
-from .measures import to_pixels
+from .image_quality import to_pixels
 from .runs import Progress
-from .step import FrozenCopy, StepConfig, exact_float32
+from .step import StepConfig
+from .tensors import load_tensors, save_tensors
 
 # %% ../nbs/08_generate.ipynb #4e749716
 class ClassPCA:
@@ -191,6 +193,7 @@ def _check_members(data:ImageData, least:int, what:str)->None:
         raise ValueError(f'class {data.classes[int(counts.argmin())]!r} has {int(counts.min())} '
                          f'images in {data.name}: {what} needs at least {least} of each class')
 
+# %% ../nbs/08_generate.ipynb #9be035c4
 def class_pca(
     data:ImageData, # images and labels
     retained_variance:float = .99, # share of the variance that is kept
@@ -228,6 +231,7 @@ class Samples:
     steps_done:Tensor # (N,) steps until the image stopped, or all
     frames:Tensor # (F, N, C, H, W) the images after the steps that were asked for in `keep`
 
+# %% ../nbs/08_generate.ipynb #8f055cf6
 @exact_float32()
 def sgld(
     model:nn.Module, # logits (B, K) from images in [0, 1]; a frozen copy of it is used
@@ -254,32 +258,17 @@ def sgld(
                      hint=': it is the share of the velocity that a step keeps'),
         check_number('noise_std', noise_std, low=0))
     _check_sgld(x0, y, steps, noise_std, generator, stop_energy, keep, config)
-    frozen = config.copy_of(model, torch.bfloat16 if config.bf16 else None)
-    levels, parts = stop_energy, []
+    frozen, levels = config.copy_of(model, torch.bfloat16 if config.bf16 else None), stop_energy
     if levels is None: levels = torch.full_like(y, -math.inf, dtype=torch.float32)
-    for x, labels, level in zip(*(t.split(batch_size) for t in (x0.detach(), y, levels))):
-        velocity, energies, frames = torch.zeros_like(x), [], []
-        moving, done = torch.ones_like(labels, dtype=torch.bool), torch.zeros_like(labels)
-        for step in range(steps + 1):
-            if step in keep: frames.append(x)
-            x = x.detach().requires_grad_() # the frame asks for no gradient
-            with torch.enable_grad():
-                energy = joint_energy(frozen(x), labels)
-                if step < steps: gradient, = torch.autograd.grad(energy.sum(), x)
-            energies.append(energy.detach())
-            if step == steps: break
-            moving = moving & (energy.detach() > level)
-            done += moving
-            velocity = friction*velocity - step_size/2*gradient
-            moved = x.detach() + velocity
-            if generator is not None and noise_std:
-                moved = moved + noise_std*torch.randn(
-                    x.shape, generator=generator, dtype=torch.float32,
-                    device=generator.device).to(x.device)
-            x = torch.where(moving[:, None, None, None], moved.clamp(0, 1), x.detach())
-            if progress is not None: progress.step()
-        parts.append((x.detach(), torch.stack(energies), done,
-                      torch.stack(frames) if frames else x.new_empty(0, *x.shape)))
+
+    def kicked(x:Tensor)->Tensor:
+        if generator is None or not noise_std: return x
+        return x + noise_std*torch.randn(x.shape, generator=generator, dtype=torch.float32,
+                                         device=generator.device).to(x.device)
+    parts = [_descend(frozen, x, labels, level, kicked, steps=steps, step_size=step_size,
+                      friction=friction, keep=keep, progress=progress)
+             for x, labels, level in zip(*(t.split(batch_size)
+                                           for t in (x0.detach(), y, levels)))]
     images, energy, done, kept = (torch.cat(found, dim=axis)
                                   for found, axis in zip(zip(*parts), (0, 1, 0, 1)))
     bad = ~energy.isfinite().all(dim=1)
@@ -308,6 +297,32 @@ def _check_sgld(x0:Tensor, y:Tensor, steps:int, noise_std:float, generator:torch
     if config.graph:
         refuse('graph', True, 'False: it is for the training step, sgld captures no CUDA graph')
 
+# %% ../nbs/08_generate.ipynb #7eedd6fb
+def _descend(
+    frozen:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, level:Tensor,
+    kicked:Callable[[Tensor], Tensor], *, steps:int, step_size:float, friction:float,
+    keep:Sequence[int], progress:Progress|None,
+)->tuple[Tensor, Tensor, Tensor, Tensor]:
+    "A batch: its images, energies (steps + 1, B), steps done and frames"
+    velocity, energies, frames = torch.zeros_like(x), [], []
+    moving, done = torch.ones_like(y, dtype=torch.bool), torch.zeros_like(y)
+    for step in range(steps + 1):
+        if step in keep: frames.append(x)
+        x = x.detach().requires_grad_() # the frame asks for no gradient
+        with torch.enable_grad():
+            energy = joint_energy(frozen(x), y)
+            if step < steps: gradient, = torch.autograd.grad(energy.sum(), x)
+        energies.append(energy.detach())
+        if step == steps: break
+        moving = moving & (energy.detach() > level)
+        done += moving
+        velocity = friction*velocity - step_size/2*gradient
+        moved = kicked(x.detach() + velocity)
+        x = torch.where(moving[:, None, None, None], moved.clamp(0, 1), x.detach())
+        if progress is not None: progress.step()
+    return (x.detach(), torch.stack(energies), done,
+            torch.stack(frames) if frames else x.new_empty(0, *x.shape))
+
 # %% ../nbs/08_generate.ipynb #0faa75db
 @torch.no_grad()
 @exact_float32()
@@ -324,6 +339,7 @@ def class_energies(
     return torch.stack([energy[data.labels.to(device) == k].mean()
                         for k in range(data.num_classes)])
 
+# %% ../nbs/08_generate.ipynb #1c1ad717
 @torch.no_grad()
 @exact_float32()
 def energy_guided(

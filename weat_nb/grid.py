@@ -8,11 +8,11 @@ Docs: https://weat-nb.github.io/weat_nb/parts/grid.html.md"""
 __all__ = ['PLACE', 'notebook_parameters', 'place', 'Stage', 'Run', 'Grid', 'read_grid']
 
 # %% ../nbs/parts/grid.ipynb #5513b894
-import ast
 import hashlib
 import itertools
 import json
 import math
+import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,27 +20,25 @@ from typing import Any
 
 from .checks import as_path, check_count, check_name, check_path, refuse
 from .own import own_content
-from .params import check_param, param
-from .runs import reading
+from .params import Parameter, Rule, cell_parameters
+from .runs import parse_json, reading
 
 # %% ../nbs/parts/grid.ipynb #a5df2cbb
 def notebook_parameters(
     notebook:str|Path, # with a cell tagged `parameters`, every line `name: type = default`
-    # name -> (int, float, str, bool or None where it is none of them, default)
-)->dict[str, tuple[type|None, Any]]:
-    "What a notebook can be told"
-    cells = json.loads(as_path(notebook).read_text(encoding='utf-8'))['cells']
-    source = ''.join(next((c['source'] for c in cells
-                           if 'parameters' in c['metadata'].get('tags', [])), []))
-    kinds = {n.target.id: ast.unparse(n.annotation) for n in ast.parse(source).body
-             if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.value}
-    if not kinds:
-        raise ValueError(f'{notebook} has no cell tagged "parameters" with lines '
-                         '`name: type = default`: there is nothing to vary')
-    defaults:dict[str, Any] = {}
-    exec(source, defaults)
-    types = dict(int=int, float=float, str=str, bool=bool)
-    return {name: (types.get(kind), defaults[name]) for name, kind in kinds.items()}
+)->dict[str, Parameter]: # by name, in their order
+    "What a notebook can be told; nothing of it is run"
+    notebook, todo = as_path(notebook), 'restore it, or name another notebook'
+    found = parse_json(notebook.read_bytes(), notebook, todo)
+    with reading(notebook, 'is no notebook', todo, LookupError, TypeError, AttributeError):
+        source = ''.join(next((cell['source'] for cell in found['cells']
+                               if 'parameters' in cell['metadata'].get('tags', [])), []))
+    with reading(notebook, 'has a parameters cell that cannot be read', 'mend it', SyntaxError,
+                 tokenize.TokenError, ValueError, TypeError, RecursionError):
+        known = cell_parameters(source)
+    if known: return known
+    raise ValueError(f'{notebook} has no cell tagged "parameters" with lines '
+                     '`name: type = default`: there is nothing to vary')
 
 # %% ../nbs/parts/grid.ipynb #20976526
 # where and how a run is computed, not what
@@ -53,6 +51,7 @@ def place(
     "Parameters that do not tell runs apart; a time decides what is computed where epochs follow it"
     return set(PLACE) - ({'time_budget'} if given.get('epochs') == 'fit' else set())
 
+# %% ../nbs/parts/grid.ipynb #27280d6e
 @dataclass(frozen=True)
 class Stage:
     "One notebook of a run"
@@ -74,6 +73,7 @@ class Stage:
         "What makes two stages the same"
         return [self.notebook.stem, self.identity]
 
+# %% ../nbs/parts/grid.ipynb #a5fa489f
 @dataclass(frozen=True)
 class Run:
     "One run of a sweep"
@@ -87,21 +87,25 @@ class Grid:
     records:Path|None # where the records of evaluations are collected
     pages:list[Path] # notebooks that are run again at the end
 
+# %% ../nbs/parts/grid.ipynb #f1e04b29
+def _of_anybody(p:Parameter)->Rule:
+    "What can be said before a notebook, which may mean something else by a name, checks it itself"
+    return Rule(many=p.kind is str, choices=p.rule.choices if p.kind in (int, float) else None)
+
+# %% ../nbs/parts/grid.ipynb #fc7a17d5
 def _stage(notebook:Path, given:dict[str, Any], where:str)->Stage:
     known, identity = notebook_parameters(notebook), {}
     for name, value in given.items():
         check_name(f'{where}: parameter of {notebook.name}', name, known)
         if name == 'run_dir':
             refuse(f'{where}: run_dir', value, 'left out: a sweep gives every run a folder')
-        kind, default = known[name]
-        words = ('fit',) if kind is int and name == 'epochs' else None
-        rule = (param(kind, f'of {notebook.name}', many=kind is str, choices=words).metadata
-                if kind else None)
-        checked = check_param(f'{where}: {name}', value, rule) if rule else value
-        if checked != default and name not in place(given):
+        checked = replace(known[name], rule=_of_anybody(known[name])).check(
+            value, f'{where}: {name}')
+        if checked != known[name].default and name not in place(given):
             identity[name] = own_content(name, checked)
     return Stage(notebook, given, identity)
 
+# %% ../nbs/parts/grid.ipynb #8c4d0b2c
 def _folder(out:Path, stage:Stage, varied:dict[str, Any])->Path:
     "The folder with the run's digest, however named, or a new one named after what the grid varies"
     digest = hashlib.sha256(json.dumps(stage.key(), sort_keys=True).encode()).hexdigest()[:8]
@@ -125,6 +129,7 @@ def _check_size(value:Any, left:int = 10_000)->int:
     for part in value if isinstance(value, list) else (): left = _check_size(part, left - 1)
     return left
 
+# %% ../nbs/parts/grid.ipynb #3762c02d
 def _read_yaml(path:Path)->Any:
     "YAML in which a key that comes twice is an error: PyYAML would keep the last in silence"
     import yaml
@@ -143,6 +148,7 @@ def _read_yaml(path:Path)->Any:
         _check_size(found)
     return found
 
+# %% ../nbs/parts/grid.ipynb #cbe3f98c
 def _mapping(value:Any, what:str, allowed:tuple[str, ...] = ())->dict[str, Any]:
     if not isinstance(value, dict): refuse(what, value, 'a mapping of names to values')
     for key in value if allowed else (): check_name(f'{what}: key', key, allowed)
@@ -154,6 +160,7 @@ def _there(value:Any, path:Path, what:str = 'notebook', kind:str = 'file')->Path
     there = path.parent/as_path(value, name) if isinstance(value, str) else value
     return check_path(name, there, kind).resolve()
 
+# %% ../nbs/parts/grid.ipynb #7975395e
 def _combinations(grid:Any, path:Path)->Iterator[dict[str, Any]]:
     for i, axes in enumerate(grid if isinstance(grid, list) and grid else [grid]):
         where = f'{path}, grid' + (f' {i + 1}' if isinstance(grid, list) else '')

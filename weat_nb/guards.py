@@ -38,6 +38,7 @@ def unwrap(
         else: break
     return model
 
+# %% ../nbs/parts/guards.ipynb #64336751
 def _tensors(model:Any)->Iterator[Tensor]:
     "Parameters, then buffers; none of a function"
     if isinstance(model, nn.Module): yield from chain(model.parameters(), model.buffers())
@@ -48,6 +49,7 @@ def device_of(
     "Where a model computes"
     return next((t.device for t in _tensors(model)), torch.device("cpu"))
 
+# %% ../nbs/parts/guards.ipynb #4f186510
 def dtype_of(
     model:Any, # a module, or any other callable
 )->torch.dtype|None: # of its parameters, else of its buffers; None where nothing floats
@@ -75,6 +77,7 @@ def copied(
         if not t.is_leaf: t.detach_().requires_grad_(p.requires_grad)
     return twin
 
+# %% ../nbs/parts/guards.ipynb #1116f971
 def _can_be_copied(value:Any, memo:dict[int, Any])->bool:
     "Does `copy.deepcopy` take it?"
     try: copy.deepcopy(value, dict(memo))
@@ -89,6 +92,7 @@ def _to_mode(model:nn.Module, training:bool)->None:
         model.training = training
         for child in model.children(): _to_mode(child, training)
 
+# %% ../nbs/parts/guards.ipynb #d81c49da
 @contextmanager
 def eval_mode(
     model:Callable[..., object], # an nn.Module; any other callable has no mode and is left alone
@@ -125,6 +129,7 @@ def check_precision(
                     f"x.to(torch.{own}), model.to(torch.{given}), or torch.autocast for half "
                     "precision")
 
+# %% ../nbs/parts/guards.ipynb #a01d8a2b
 def logits_of(
     model:Callable[[Tensor], Any], # a model of anybody's
     x:Tensor, # (B, C, H, W) images
@@ -153,6 +158,7 @@ class _Network:
     def forward(self, x:Tensor)->Tensor:
         with torch.enable_grad(): return as_float32(self.model(x))
 
+# %% ../nbs/parts/guards.ipynb #d4b5242c
 class _ImagesOnly(torch.autograd.Function):
     "A model as one node of the graph, whose only differentiable input are the images"
     @staticmethod
@@ -172,6 +178,7 @@ class _ImagesOnly(torch.autograd.Function):
         ctx.logits = None
         return torch.autograd.grad(net.forward(ctx.x) if z is None else z, ctx.x, grad)[0], None
 
+# %% ../nbs/parts/guards.ipynb #894a7b2c
 def images_only(
     model:Callable[[Tensor], Tensor], # images (B, C, H, W) -> logits (B, K)
     # the same function, through which a gradient reaches the images and nothing else
@@ -196,6 +203,7 @@ def kept_rng()->Iterator[None]:
         # A seed set inside waits for the first use of CUDA; the outer one takes its place again.
         if torch.cuda.is_available() and not cuda: torch.cuda.manual_seed_all(torch.initial_seed())
 
+# %% ../nbs/parts/guards.ipynb #a9e50383
 @contextmanager
 def defaults(
     dtype:torch.dtype, # of new tensors
@@ -213,6 +221,7 @@ def defaults(
 class NoLogitsWarning(UserWarning):
     "Scores are probabilities or their logarithms: energies computed from them say nothing"
 
+# %% ../nbs/parts/guards.ipynb #af24ef82
 def warn_if_no_logits(
     logits:Tensor, # (B, K) as the caller gave them
     stacklevel:int = 3, # whose line the warning names
@@ -232,6 +241,7 @@ def warn_if_no_logits(
 class GradientMaskingWarning(UserWarning):
     "A model's gradient is zero where an attack needs it, so the attack may overstate robustness"
 
+# %% ../nbs/parts/guards.ipynb #c7b32d8b
 def warn_if_masked(
     model:Callable[[Tensor], Tensor], # images -> logits (B, K); looked at in evaluation mode
     x:Tensor, # (B, C, H, W) natural images in [0, 1]

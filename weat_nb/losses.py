@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_labels, check_logits, check_name, check_number
-from .energy import delta_energy, energy_weight, marginal_energy
 from .distributed import all_mean
+from .energy import delta_energy, energy_weight, marginal_energy
 from .own import is_address, load_own
 
 # %% ../nbs/03_losses.ipynb #7dd81b8b
@@ -39,6 +39,7 @@ def _reduce(values:Tensor, reduction:str)->Tensor:
     check_name("reduction", reduction, ("mean", "sum", "none"))
     return values if reduction == "none" else getattr(values, reduction)()
 
+# %% ../nbs/03_losses.ipynb #86fbf118
 def _cross_entropy(logits:Tensor, y:Tensor)->Tensor:
     "CE of every sample, −log p_y"
     return F.cross_entropy(logits, y, reduction="none")
@@ -65,6 +66,7 @@ def standard_loss(
     z, = _inputs(y, logits=logits)
     return _reduce(_cross_entropy(z, y), reduction)
 
+# %% ../nbs/03_losses.ipynb #b30a131e
 def sat_loss(
     logits:Tensor|None, # not read: SAT sees attacked images only
     logits_adv:Tensor, # (B, K) logits at x*
@@ -122,6 +124,7 @@ def probabilistic_margin(
     p, label = z.softmax(dim=1), y[:, None]
     return p.scatter(1, label, -1.).amax(dim=1) - p.gather(1, label).squeeze(1)
 
+# %% ../nbs/03_losses.ipynb #603df90b
 def mail_trades_loss(
     logits:Tensor, # (B, K) logits at x
     logits_adv:Tensor, # (B, K) logits at x*
@@ -271,6 +274,7 @@ def get_objective(
     return load_own(name, lambda row: isinstance(row, Objective), what="objective",
                     kind="a row, an Objective")
 
+# %% ../nbs/03_losses.ipynb #94547910
 def with_weights(
     row:Objective, # a training method
     weights:str, # "raw", or "mean1": the weights of a batch divided by their mean

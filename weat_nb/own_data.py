@@ -61,6 +61,7 @@ def _array(archive:zipfile.ZipFile, name:str)->np.ndarray:
         file.read() # the checksum is compared at the end
     return array
 
+# %% ../nbs/parts/own_data.ipynb #d5b03858
 @contextmanager
 def _opened(path:Path, what:str = '')->Iterator[zipfile.ZipFile]:
     "An .npz, its arrays not read yet"
@@ -70,6 +71,7 @@ def _opened(path:Path, what:str = '')->Iterator[zipfile.ZipFile]:
             if len(set(names)) < len(names): raise ValueError('an array is there twice')
             yield archive
 
+# %% ../nbs/parts/own_data.ipynb #f736237c
 def read_npz(
     path:str|os.PathLike, # an `.npz` of plain arrays
     # name of the images, uint8 (N, H, W, C), (N, C, H, W) or (N, H, W)
@@ -98,6 +100,7 @@ def read_npz(
     if last: x = x.transpose(0, 3, 1, 2)
     return np.ascontiguousarray(x), y.astype(np.int64)
 
+# %% ../nbs/parts/own_data.ipynb #529c4289
 def _check_labels(path:Path, train:set[int], *tests:set[int])->None:
     "Refuse labels of which there are no training images"
     if len(train) < 2:
@@ -106,6 +109,7 @@ def _check_labels(path:Path, train:set[int], *tests:set[int])->None:
         raise ValueError(f'{path} holds test images of class {min(strange)}, '
                          'of which there are no training images')
 
+# %% ../nbs/parts/own_data.ipynb #3fc7c18c
 def _npz_splits(path:Path)->list[tuple[np.ndarray, np.ndarray]]:
     "Training images, and test images where there are some"
     with _opened(path) as archive:
@@ -134,6 +138,7 @@ def class_folders(
         if files: found[inside.name] = files
     return found
 
+# %% ../nbs/parts/own_data.ipynb #3ba394a2
 FORMATS = ('BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP') # others are not tried
 MOST_PIXELS = 4096**2 # of an image
 
@@ -156,6 +161,7 @@ def open_image(
                                  f'more than {MOST_PIXELS:,}')
             yield image
 
+# %% ../nbs/parts/own_data.ipynb #c50818ab
 def read_folder(
     files:dict[str, list[Path]], # of `class_folders`
     classes:tuple[str, ...], # that there are, in the order of their labels
@@ -177,6 +183,7 @@ def read_folder(
     pixels = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
     return pixels, np.array(labels, dtype=np.int64)
 
+# %% ../nbs/parts/own_data.ipynb #afe10f7c
 def _all_grey(files:dict[str, list[Path]])->bool:
     "Have all images one channel of eight bits or fewer?"
     modes:dict[str, Path] = {}
@@ -203,6 +210,7 @@ def _large(path:Path, splits:list[tuple[np.ndarray, np.ndarray]]
                              'networks take 8×8 and more; enlarge them first')
     return splits
 
+# %% ../nbs/parts/own_data.ipynb #70e8de0a
 def read_own(
     path:str|os.PathLike, # a folder of class folders, of train and test, or an .npz file
     # (images, labels) of training images and, where there are some, of test images; the classes

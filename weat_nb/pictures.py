@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from .checks import as_path
-from .measures import to_bytes, to_pixels
+from .image_quality import to_bytes, to_pixels
 from .runs import write_file
 
 # %% ../nbs/parts/pictures.ipynb #a81b998f

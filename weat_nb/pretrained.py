@@ -6,13 +6,14 @@ Docs: https://weat-nb.github.io/weat_nb/parts/pretrained.html.md"""
 
 # %% auto #0
 __all__ = ['PUBLIC_MODELS', 'PublicModel', 'publish_model', 'is_web_address', 'model_folders', 'pretrained_names',
-           'pretrained_note', 'split_code', 'load_pretrained', 'check_pretrained']
+           'pretrained_note', 'split_code', 'load_pretrained', 'check_pretrained', 'load_model']
 
 # %% ../nbs/parts/pretrained.ipynb #373bc1a4
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
@@ -24,14 +25,16 @@ from urllib.parse import quote
 import torch
 from torch import nn
 
-from .checks import as_path, check_digest, refuse, suggest
-from .checkpoints import CheckpointError, file_sha256, load_checkpoint, save_checkpoint
+from .checkpoints import is_checkpoint, load_checkpoint, save_checkpoint
+from .checks import as_path, check_digest, check_name, refuse, suggest
+from .data import DATASETS, OWN_DATA, dataset_spec, is_own_dataset
 from .fetch import data_root, download, find, near
-from .models import is_own_arch
+from .models import create_model, is_own_arch
 from .own import load_own
 from .runs import in_short, read_json, write_file, write_text
-from .weights import (
-    fill_weights as fill_weights, load_weights as load_weights, read_state_dict as read_state_dict)
+from .tensors import CheckpointError, file_sha256, find_weights_file
+from .weight_files import ENDINGS, read_state_dict as read_state_dict
+from .weights import fill_weights as fill_weights, load_weights as load_weights
 
 # %% ../nbs/parts/pretrained.ipynb #175a91e8
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class PublicModel:
     # mean and std of the pixels it was trained on
     normalisation:tuple[tuple[float, ...], tuple[float, ...]]|None = None
 
+# %% ../nbs/parts/pretrained.ipynb #e8d3bb72
 _IMAGENET = ((.485, .456, .406), (.229, .224, .225))
 
 def _idelbayev(depth:int, sha256:str)->PublicModel:
@@ -55,6 +59,7 @@ def _idelbayev(depth:int, sha256:str)->PublicModel:
     return PublicModel(f"resnet{depth}", file, sha256, "Y. Idelbayev 2018, BSD-2-Clause",
                        url=address + file, normalisation=_IMAGENET)
 
+# %% ../nbs/parts/pretrained.ipynb #38c2227a
 PUBLIC_MODELS:dict[str, PublicModel] = {
     "cifar10-standard-resnet18": PublicModel(
         "resnet18", "examples/model_test.pt",
@@ -84,6 +89,7 @@ def _public_file(row:PublicModel, root:str|os.PathLike|None)->Path:
     return find(here, (row.file, f"checkpoints/{row.file}")) or download(
         row.url, near(here)[0]/"checkpoints"/row.file, row.sha256, root=here)
 
+# %% ../nbs/parts/pretrained.ipynb #f2f731d9
 def _check_sha256(path:Path, sha256:str)->Path:
     "The file, if it is the one that is meant"
     if (found := file_sha256(path)) != sha256:
@@ -120,12 +126,14 @@ def publish_model(
     write_text(note, text)
     return write_file(path, weights)
 
+# %% ../nbs/parts/pretrained.ipynb #a0887d56
 def is_web_address(
     root:str|os.PathLike|None, # where the caller's networks are
 )->bool: # False for a folder
     "Are they to be fetched?"
     return isinstance(root, str) and root.startswith(("http://", "https://"))
 
+# %% ../nbs/parts/pretrained.ipynb #a2666bbc
 def model_folders(
     root:str|os.PathLike|None = None, # a folder of the caller's, searched first
 )->list[Path]: # the folders that exist
@@ -135,6 +143,7 @@ def model_folders(
     places += [package/"assets/models", package.parent/"checkpoints", data_root(root)/"checkpoints"]
     return [p for p in dict.fromkeys(places) if p.is_dir()]
 
+# %% ../nbs/parts/pretrained.ipynb #de928e5b
 def pretrained_names(
     root:str|os.PathLike|None = None, # a folder of the caller's
 )->list[str]: # names that `load_pretrained` takes, RobustBench's apart
@@ -143,6 +152,7 @@ def pretrained_names(
            if p.with_suffix(".safetensors").exists()}
     return sorted(own | set(PUBLIC_MODELS))
 
+# %% ../nbs/parts/pretrained.ipynb #5f5f984e
 def pretrained_note(
     name:str, # of one of this project's networks
     root:str|os.PathLike|None = None, # a folder of the caller's, searched first, or an address
@@ -247,3 +257,85 @@ def check_pretrained(
     raise ValueError(f"{parameter} = {name!r} is not allowed: there is no such file, and the names "
                      f"at hand are {', '.join(pretrained_names(root))}"
                      f"{suggest(name, pretrained_names(root))}")
+
+# %% ../nbs/parts/pretrained.ipynb #7387155b
+def _training(about:Mapping[str, Any])->dict[str, Any]|None:
+    "What a record says of the training: its config; of a run that was stopped the epochs run, too"
+    config, stopped = about.get("config"), about.get("stopped")
+    if not (isinstance(config, dict) and isinstance(stopped, dict)): return config
+    return {**config, "epochs_run": stopped.get("epochs")}
+
+# %% ../nbs/parts/pretrained.ipynb #793b27b8
+def _bare(
+    path:Path, name:str, arch:str, dataset:str|None, key:str|None, **normalisation:Any,
+)->tuple[nn.Module, dict[str, Any]]:
+    "A network for the images of a data set, filled from a file of others; the note"
+    find_weights_file(path, ENDINGS)
+    if dataset is None:
+        raise ValueError(f"arch = {arch!r} says that {name} holds bare weights: "
+                         "name the dataset that they are for, too")
+    if not is_own_dataset(dataset): check_name("dataset", dataset, DATASETS)
+    spec = dataset_spec(dataset)
+    model = create_model(arch, spec.num_classes, spec.in_channels, spec.image_size,
+                         **normalisation, seed=0)
+    return model, fill_weights(model, path, key)
+
+# %% ../nbs/parts/pretrained.ipynb #f53db77d
+def _known(name:str, root:str|os.PathLike|None)->dict[str, Any]:
+    "What is known of a network that has a name"
+    if name in PUBLIC_MODELS:
+        return dict(source=PUBLIC_MODELS[name].source, file_sha256=PUBLIC_MODELS[name].sha256)
+    if name.startswith("robustbench:"): return {}
+    note = pretrained_note(name, root)[1]
+    return dict(file_sha256=note["sha256"], epoch=note["epoch"], training=_training(note))
+
+# %% ../nbs/parts/pretrained.ipynb #f2bce9d0
+def _dataset_of(name:str, training:Mapping[str, Any]|None)->str:
+    "The data set that a network was trained on"
+    trained = (training or {}).get("dataset")
+    if trained in DATASETS: return str(trained)
+    named = [d for d in DATASETS if name.startswith(f"{d}-")]
+    if named and not trained: return named[0]
+    why = (f"{name} was trained on images of one's own, {trained}, and does not say where "
+           "they are" if trained else f"which data set {name} is for is not known")
+    raise ValueError(f"{why}: give dataset, one of {', '.join(DATASETS)}, or {OWN_DATA[1]}")
+
+# %% ../nbs/parts/pretrained.ipynb #407dea43
+def load_model(
+    # a name for load_pretrained, or the path of a checkpoint;
+    # with arch, of anybody's weights (.pth, .pt, .ckpt, .safetensors, ...)
+    checkpoint:str|os.PathLike,
+    *,
+    # as in `create_model`, for bare weights, and for a checkpoint of a network of one's own
+    arch:str|None = None,
+    dataset:str|None = None, # whose classes and images they are for; None: what the model says
+    mean:Sequence[float]|None = None, # by channel, of the pixels that bare weights were trained on
+    std:Sequence[float]|None = None, # likewise
+    # address of the set of weights in the file, where several fit: "ema", "state_dict", ...
+    key:str|None = None,
+    root:str|os.PathLike|None = None, # folder of data and networks
+    device:str|torch.device = "cpu", # where the model goes
+)->tuple[nn.Module, dict[str, Any], str]: # model in eval mode; what is known of it; its data set
+    "A model, and what a record should say about it"
+    if arch is None: checkpoint, arch = split_code(os.fspath(checkpoint))
+    path, name = as_path(checkpoint), str(checkpoint)
+    there, about = path.is_file(), dict[str, Any](name=name)
+    if there: # the folder's name, not where it lies
+        about = dict(name="/".join(path.parts[-2:]), file_sha256=file_sha256(path))
+    by_name = not there and (name in pretrained_names(root) or is_web_address(root))
+    model:nn.Module
+    if arch is not None and not by_name and not is_checkpoint(path):
+        model, about["taken"] = _bare(path, name, arch, dataset, key,
+                                      mean=mean or None, std=std or None)
+    elif mean or std or key:
+        given = "key belongs" if key else "mean and std belong"
+        raise ValueError(f"{given} to bare weights: " + (
+            "give arch, too" if arch is None else f"{name} is a checkpoint; leave it out" if key
+            else f"{name} is a checkpoint; leave them out"))
+    elif there:
+        model, metadata = load_checkpoint(path, arch=arch)
+        about.update(epoch=metadata.get("epoch"), training=_training(metadata))
+    else:
+        model = load_pretrained(checkpoint, root=root, arch=arch)
+        about.update(_known(name, root))
+    return model.to(device).eval(), about, dataset or _dataset_of(name, about.get("training"))

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .checkpoints import tensor_bytes
 from .checks import as_float32, check_logits, in_words, score_kind
 from .data import ImageData
 from .guards import kept_rng
+from .tensors import tensor_bytes
 
 # %% ../nbs/parts/probe.ipynb #312c8fb4
 @contextmanager
@@ -36,6 +36,7 @@ def kept_random()->Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
 
+# %% ../nbs/parts/probe.ipynb #540481b8
 @contextmanager
 def as_it_was(
     model:nn.Module, # any module
@@ -50,33 +51,11 @@ def as_it_was(
     parts = [(m, f'{path}.' if path else '', dict(m._modules),
               {k: v for k, v in vars(m).items() if isinstance(v, bool)})
              for path, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
-    def same(a:Tensor, b:Tensor)->bool:
-        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(
-            tensor_bytes(a), tensor_bytes(b))
     @torch.no_grad()
     def put_back()->dict[str, float]: # the largest change by name
         moved:dict[str, float] = {}
-        for m, path, children, flags in parts:
-            vars(m).update(flags)
-            if m._modules == children: continue
-            moved |= {path + k: math.inf for k in {**children, **m._modules}
-                      if m._modules.get(k) is not children.get(k)}
-            m._modules.clear()
-            m._modules.update(children)
-        for m, path, kind, kept in held:
-            there = getattr(m, kind)
-            for key in [key for key in there.keys() if key not in kept]:
-                del there[key]
-                moved[path + key] = math.inf
-            for key, (t, value, *_) in kept.items():
-                now = there[key] if key in there.keys() else None
-                if now is not value and (now is None or value is None or not same(now, value)):
-                    moved[path + key] = _change(now, value)
-                if not isinstance(m, torch.jit.ScriptModule): there[key] = t
-                elif path + key in moved: setattr(m, key, t) # its tables are made when asked for
-                if t is None or value is None or same(t, value): continue
-                if t.shape == value.shape: t.copy_(value)
-                else: t.data = value.clone()
+        for part in parts: moved |= _modules_back(*part)
+        for table in held: moved |= _tensors_back(*table)
         return moved
     try:
         with kept_random(): yield put_back
@@ -88,10 +67,48 @@ def as_it_was(
                 if t.requires_grad != trained: t.requires_grad_(trained)
                 if t.grad is not grad: t.grad = grad
 
-def _kept(t:Tensor|None)->tuple[Tensor|None, Tensor|None, bool, Tensor|None]:
-    "A tensor of a model, its value, whether it is trained, its gradient"
+# %% ../nbs/parts/probe.ipynb #f9ad3233
+# a tensor of a model, its value, whether it is trained, its gradient
+_Kept = tuple[Tensor|None, Tensor|None, bool, Tensor|None]
+
+def _kept(t:Tensor|None)->_Kept:
     if t is None: return None, None, False, None
     return t, t.detach().clone(), t.requires_grad, t.grad if t.is_leaf else None
+
+# %% ../nbs/parts/probe.ipynb #4d5dc118
+def _modules_back(m:nn.Module, path:str, children:dict[str, nn.Module|None],
+                  flags:dict[str, bool])->dict[str, float]:
+    "Put the modules and flags of a module back; what has moved, by name"
+    vars(m).update(flags)
+    if m._modules == children: return {}
+    moved = {path + k: math.inf for k in {**children, **m._modules}
+             if m._modules.get(k) is not children.get(k)}
+    m._modules.clear()
+    m._modules.update(children)
+    return moved
+
+# %% ../nbs/parts/probe.ipynb #70469aa4
+def _tensors_back(m:nn.Module, path:str, kind:str, kept:dict[str, _Kept])->dict[str, float]:
+    "Put the parameters or buffers of a module back; the largest change of each that has moved"
+    there, moved = getattr(m, kind), {}
+    for key in [key for key in there.keys() if key not in kept]:
+        del there[key]
+        moved[path + key] = math.inf
+    for key, (t, value, *_) in kept.items():
+        now = there[key] if key in there.keys() else None
+        if not _same(now, value): moved[path + key] = _change(now, value)
+        if not isinstance(m, torch.jit.ScriptModule): there[key] = t
+        elif path + key in moved: setattr(m, key, t) # its tables are made when asked for
+        if t is None or value is None or _same(t, value): continue
+        if t.shape == value.shape: t.copy_(value)
+        else: t.data = value.clone()
+    return moved
+
+# %% ../nbs/parts/probe.ipynb #f90fe273
+def _same(a:Tensor|None, b:Tensor|None)->bool:
+    if a is None or b is None: return a is b
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(
+        tensor_bytes(a), tensor_bytes(b))
 
 def _change(now:Tensor|None, value:Tensor|None)->float:
     "The largest difference of two tensors; infinite where they cannot be compared"
@@ -100,6 +117,7 @@ def _change(now:Tensor|None, value:Tensor|None)->float:
              ).detach().cpu().double() for t in (now, value))
     return (a - b).abs().max().item()
 
+# %% ../nbs/parts/probe.ipynb #efdf1322
 def moved_in_words(
     changes:Mapping[str, float], # of `as_it_was`
 )->list[str]: # one sentence, or none
@@ -122,6 +140,7 @@ class _Arithmetic(TorchDispatchMode):
                       if isinstance(t, Tensor) and t.is_floating_point()}
         return out
 
+# %% ../nbs/parts/probe.ipynb #e654b33d
 class Probe:
     "Is a network a fixed function of one image? Asked with a few, before and after the attacks"
     def __init__(self,

@@ -32,6 +32,7 @@ def _one_cycle_height(update:int, total:int, warm:float)->tuple[float, bool]:
     t = update/peak if update < peak else (total - 1 - update)/max(total - 1 - peak, 1)
     return (1 - math.cos(math.pi*t))/2, update < peak
 
+# %% ../nbs/parts/recipes.ipynb #c7a497ac
 def one_cycle(
     update:int, # 0 <= update < total
     total:int, # updates of the whole run
@@ -43,6 +44,7 @@ def one_cycle(
     low = max_lr/25 if rises else max_lr/25e4
     return low + (max_lr - low)*height
 
+# %% ../nbs/parts/recipes.ipynb #c6a4c917
 def one_cycle_momentum(
     update:int, # 0 <= update < total
     total:int, # updates of the whole run
@@ -53,6 +55,7 @@ def one_cycle_momentum(
     "Momentum that goes against the one-cycle learning rate, as in the released code"
     return high - (high - low)*_one_cycle_height(update, total, warm)[0]
 
+# %% ../nbs/parts/recipes.ipynb #c58a85f9
 def one_cycle_both(
     update:int, # 0 <= update < total
     total:int, # updates of the whole run
@@ -72,6 +75,7 @@ def piecewise(
     "Step decay, by default at a half and at three quarters, as in AWP (Wu et al. 2020)"
     return lr*factor**sum(update >= share*total for share in drops)
 
+# %% ../nbs/parts/recipes.ipynb #94e7f94c
 def cosine(
     update:int, # 0 <= update < total
     total:int, # updates of the whole run
@@ -80,6 +84,7 @@ def cosine(
     "Half a cosine from lr to nearly 0 (Loshchilov and Hutter 2017), without restarts"
     return lr*(1 + math.cos(math.pi*update/total))/2
 
+# %% ../nbs/parts/recipes.ipynb #e4707419
 def constant(
     update:int, # 0 <= update < total
     total:int, # updates of the whole run
@@ -96,6 +101,7 @@ def _bare(loss:Any)->Any:
     "What a partial wraps: what has the state"
     return _bare(loss.func) if isinstance(loss, partial) else loss
 
+# %% ../nbs/parts/recipes.ipynb #4a3381a2
 @dataclass
 class Training:
     "What lives between two updates"
@@ -210,6 +216,7 @@ def weight_average(
     average.requires_grad_(False)
     return average
 
+# %% ../nbs/parts/recipes.ipynb #59a87ebf
 def update_batchnorm(
     average:AveragedModel, # of `weight_average`
     images:Iterable[Tensor], # batches (B, C, H, W) of training images in [0, 1]
@@ -230,6 +237,7 @@ def _kept(model:nn.Module, loss:Any)->Iterator[None]:
         for b, before in kept: b.copy_(before)
         if state is not None: loss.load_state_dict(state)
 
+# %% ../nbs/parts/recipes.ipynb #df2dfb14
 class AWP:
     "A step whose gradients are taken at adversarially perturbed weights (Wu et al. 2020)"
     def __init__(self,
@@ -283,6 +291,7 @@ def awp(
     training.step = AWP(training.step, .005 if training.step.objective.needs_clean else .01)
     return training
 
+# %% ../nbs/parts/recipes.ipynb #9897cd29
 def adamw(
     training:Training, # as the paper has it
     config:Any, # a TrainConfig; its lr and weight_decay are AdamW's

@@ -1,4 +1,4 @@
-"""Where an experiment keeps its config, metrics, weights and figures, and how it is taken up again.
+"""Where an experiment keeps its config, metrics, weights and figures, and how a run is resumed.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/runs.html.md"""
 
@@ -36,6 +36,7 @@ def _sync_folder(folder:Path)->None:
     except OSError: pass
     finally: os.close(fd)
 
+# %% ../nbs/parts/runs.ipynb #3900ed87
 def write_error(
     path:str|Path, # what was to be written
     e:OSError, # why it was not
@@ -68,6 +69,7 @@ def write_file(
     _sync_folder(path.parent)
     return path
 
+# %% ../nbs/parts/runs.ipynb #3453cec3
 def write_text(
     path:str|Path, # the file
     text:str, # its whole new content
@@ -75,6 +77,7 @@ def write_text(
     "Write a text file at once or not at all"
     return write_file(path, text.encode())
 
+# %% ../nbs/parts/runs.ipynb #9641b033
 def write_lines(
     path:str|Path, # the .jsonl file
     rows:list[dict], # one JSON object a line
@@ -92,6 +95,7 @@ def in_short(
     text = ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)
     return text if len(text) <= most else text[:most] + '…'
 
+# %% ../nbs/parts/runs.ipynb #16f3f714
 @contextmanager
 def reading(
     path:str|Path, # the file, or a place in it
@@ -104,6 +108,7 @@ def reading(
     try: yield
     except errors as e: raise error(f'{path} {wrong} ({in_short(e)}): {todo}') from e
 
+# %% ../nbs/parts/runs.ipynb #7e92d7f9
 def _once(pairs:list[tuple[str, Any]])->dict[str, Any]:
     "A JSON object; of a key that is there twice Python would keep the last in silence"
     found = dict(pairs)
@@ -111,6 +116,7 @@ def _once(pairs:list[tuple[str, Any]])->dict[str, Any]:
     keys = [key for key, _ in pairs]
     raise ValueError(f'{next(k for k in keys if keys.count(k) > 1)!r} is there twice')
 
+# %% ../nbs/parts/runs.ipynb #eb2b0cf8
 def parse_json(
     data:bytes, # UTF-8
     path:str|Path, # where it is from, for the error
@@ -124,6 +130,7 @@ def parse_json(
         if b'\\u' in data: json.dumps(found, ensure_ascii=False).encode() # no half of a character
     return found
 
+# %% ../nbs/parts/runs.ipynb #9c2e978d
 def read_json(
     path:str|Path, # a file
     todo:str = 'restore or delete it', # what to do about damage
@@ -133,6 +140,7 @@ def read_json(
     with reading(path, 'cannot be read', todo, OSError): data = path.read_bytes()
     return parse_json(data, path, todo)
 
+# %% ../nbs/parts/runs.ipynb #aa807a98
 def read_lines(
     path:str|Path, # the .jsonl file
 )->list[dict]: # its records; an absent file has none
@@ -163,6 +171,7 @@ def differences(
               for k in {**there, **here} if there.get(k) != here.get(k)]
     return ', '.join(differ[:9]) + (f' and {len(differ) - 9} more' if len(differ) > 9 else '')
 
+# %% ../nbs/parts/runs.ipynb #5f1e89cc
 def open_run(
     path:str|Path, # the run folder; made if it does not exist
     config:dict[str, Any], # flat and JSON-serialisable
@@ -208,6 +217,7 @@ def lock_file(
     try: yield
     finally: lock.release()
 
+# %% ../nbs/parts/runs.ipynb #3baa8f67
 STOPPING = '.stopping' # in a run folder: who holds it has been told to stop
 STOPPED = 'stopped.json' # likewise: how far a run is that was stopped and has not gone on yet
 
@@ -309,6 +319,7 @@ def _page_cells(
                       **({'execution_count': None} if cell['cell_type'] == 'code' else {})})
     return cells
 
+# %% ../nbs/parts/runs.ipynb #32eb55a8
 def publish_run(
     executed:str|Path, # the notebook that papermill wrote
     page:str|Path, # where the page goes, for example nbs/results/cifar10_weat_adv.ipynb

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from .budget import PARENT, SIGNALS, Background, Pace, Stop
-from .checkpoints import CheckpointError, load_tensors, pack, save_tensors, unpack
 from .distributed import all_max, is_main
 from .recipes import Training
 from .runs import read_lines, reading, write_lines
+from .tensors import CheckpointError, load_tensors, pack, save_tensors, unpack
 
 # %% ../nbs/parts/state.ipynb #f6f8b69d
 STATE, PREVIOUS = 'state.safetensors', 'state.previous.safetensors' # in the run folder
@@ -46,6 +46,7 @@ def read_state(
             groups[group][rest] = t
         return groups, metadata['history']
 
+# %% ../nbs/parts/state.ipynb #80081767
 def mend_state(
     run:Path, # the run folder
 )->int: # epochs done
@@ -67,6 +68,7 @@ def mend_state(
     save_tensors(state, tensors, metadata)
     return done
 
+# %% ../nbs/parts/state.ipynb #9167c26e
 def restore(
     run:Path, # the run folder, with a state
     training:Training, # that takes it up
@@ -98,12 +100,14 @@ def _keep_previous(run:Path)->None:
     # two names of one file, where the last state could not be written, `replace` leaves as they are
     part.unlink(missing_ok=True)
 
+# %% ../nbs/parts/state.ipynb #1c932632
 def _commit(run:Path, tensors:dict[str, Tensor], metadata:dict[str, Any])->None:
     "One atomic file decides how far the run is; metrics.jsonl follows it"
     if (run/STATE).exists(): _keep_previous(run)
     save_tensors(run/STATE, tensors, metadata)
     write_lines(run/'metrics.jsonl', metadata['history'])
 
+# %% ../nbs/parts/state.ipynb #7a0224a4
 class Keeper:
     "Writes the states of a run, in a thread"
     def __init__(self,
@@ -153,6 +157,7 @@ def generator_states(
     "The states of the global generators that the device's work draws from"
     return [g.get_rng_state() for g in _generators(device)]
 
+# %% ../nbs/parts/state.ipynb #db8405b3
 def set_generator_states(
     states:list[Tensor], # of `generator_states`, on any device
     device:torch.device, # that is computed on
@@ -172,6 +177,7 @@ class Interrupted(Exception):
         super().__init__(code)
         self.code, self.by = code, _WHY[code - _STOP]
 
+# %% ../nbs/parts/state.ipynb #de29bb88
 class Watch:
     "Between two updates: is it time to write the state, or to stop?"
     def __init__(self,

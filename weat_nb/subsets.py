@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arithmetic import exact_float32
 from .checks import check_count, check_logits, check_number, in_words, refuse
+from .config import TrainConfig
 from .data import ImageData, batches
 from .energy import marginal_energy
+from .epoch import make_training, train_epoch
 from .guards import device_of, eval_mode
+from .measure import measure_energies, summarise
 from .runs import Progress
-from .step import exact_float32
-from .train import TrainConfig, make_training, measure_energies, summarise, train_epoch
 
 # %% ../nbs/07_subsets.ipynb #d0509d0a
 @torch.no_grad()
@@ -83,6 +85,7 @@ def energy_thresholds(
     "The energies that bound what L and H leave out (Table A)"
     return energy[~kept['L']].max().item(), energy[kept['H'] & correct].max().item()
 
+# %% ../nbs/07_subsets.ipynb #1e01a69a
 def threshold_table(
     energy:Tensor, # (N,) of the natural images
     correct:Tensor, # (N,) bool
@@ -95,6 +98,7 @@ def threshold_table(
     return [{'images': name, 'correct': int((chosen & correct).sum()),
              'incorrect': int((chosen & ~correct).sum())} for name, chosen in rows.items()]
 
+# %% ../nbs/07_subsets.ipynb #1831850d
 def subset_table(
     correct:Tensor, # (N,) bool
     kept:dict[str, Tensor], # of `energy_subsets`

@@ -56,6 +56,7 @@ def _float64(values:Tensor|Sequence[float])->Tensor: # on the CPU: not every dev
     return torch.as_tensor(values.detach().cpu() if isinstance(values, Tensor) else values,
                            dtype=torch.float64)
 
+# %% ../nbs/parts/verdicts.ipynb #a9621b05
 def _sample(
     name:str, values:Tensor|Sequence[float], good:Callable[[Tensor], Tensor], kind:str, bad:str,
 )->Tensor: # (n,) float64
@@ -65,6 +66,7 @@ def _sample(
                          f'with {int((~good(v)).sum())} that are {bad}')
     return v
 
+# %% ../nbs/parts/verdicts.ipynb #7459f19b
 def mean_interval(
     values:Tensor|Sequence[float], # (n,) independent values; of a comparison, paired differences
 )->Interval: # of their mean
@@ -76,6 +78,7 @@ def mean_interval(
     half = float(_stats().t.ppf(.975, len(v) - 1))*v.std().item()/len(v)**.5
     return Interval(mean, mean - half, mean + half, len(v))
 
+# %% ../nbs/parts/verdicts.ipynb #5c7940a2
 def difference_interval(
     a:Tensor|Sequence[float], # (n,) values of one group, n at least 2
     b:Tensor|Sequence[float], # (m,) values of another, of other images, m at least 2
@@ -88,6 +91,7 @@ def difference_interval(
     found = _stats().ttest_ind(x, y, equal_var=False).confidence_interval(.95)
     return Interval(here, min(float(found.low), here), max(float(found.high), here), n)
 
+# %% ../nbs/parts/verdicts.ipynb #745bc16e
 def share_interval(
     hits:Tensor|Sequence[bool], # (n,) whether each image counts
 )->Interval: # of the share, in percent
@@ -97,6 +101,7 @@ def share_interval(
     share = h.mean().item()
     return Interval(100*share, 100*min(found.low, share), 100*max(found.high, share), len(h))
 
+# %% ../nbs/parts/verdicts.ipynb #338142b8
 def bootstrap_interval(
     statistic:Callable[[Tensor], float], # of the images at these positions, (n,) int64 with repeats
     n:int, # images
@@ -130,6 +135,7 @@ def short_of(
     return [f'{name} {reached[name]} of {wanted}' for name, wanted in needs.items()
             if not met(wanted, reached[name])]
 
+# %% ../nbs/parts/verdicts.ipynb #6e91932d
 def verdict(
     found:Interval|None, # what was measured; None: nothing that has an interval
     side:str, # where the claim says that the quantity lies: "above" or "below" the threshold
@@ -146,6 +152,7 @@ def verdict(
     if side == 'below': low, high, bound = -found.high, -found.low, -threshold
     return 'supported' if low > bound else 'not supported' if high < bound else 'inconclusive'
 
+# %% ../nbs/parts/verdicts.ipynb #1952e97d
 def all_of(
     verdicts:Sequence[str], # of the parts of a claim
 )->str: # one verdict

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from weat_nb import fetch, measures
-from weat_nb.checkpoints import CheckpointError
-from weat_nb.measures import (
+from weat_nb.image_quality import (
     INCEPTION_SHA256, INCEPTION_URL, extract_features, feature_measures, frechet_distance,
     inception_measures, inception_score, kernel_distance, nearest_images, pairwise_distance,
     ssim_neighbours, to_bytes, to_pixels)
 from weat_nb.models import create_model
 from weat_nb.pictures import write_samples
+from weat_nb.tensors import CheckpointError
 
 
 def pictures(n, seed=0, channels=3, dark=1.):
