@@ -612,7 +612,7 @@ def as_yaml(rng, data):
 
 def grid_content(path):
     found = grid.read_grid(path, path.parent/'out')
-    return [([(s.notebook.name, s.given, s.identity) for s in r.stages], r.folder.name)
+    return [([(s.notebook.name, s.given, s.identity) for s in r.tasks], r.folder.name)
             for r in found.runs]
 
 reader('grid', good_grids, grid_content, (ValueError, FileNotFoundError), 'grid.yaml', (as_yaml,))

@@ -480,4 +480,4 @@ def test_a_parameter(tmp_path):
     with pytest.raises(ValueError, match="'smooth' - did you mean 'smoothing'"): read(smooth=.1)
     (tmp_path/'grid.yaml').write_text('notebook: page.ipynb\ngrid: {smoothing: [0, .1, null]}\n')
     runs = read_grid(tmp_path/'grid.yaml', tmp_path/'out').runs
-    assert [r.stages[0].identity for r in runs] == [{}, dict(smoothing=.1), dict(smoothing=None)]
+    assert [r.tasks[0].identity for r in runs] == [{}, dict(smoothing=.1), dict(smoothing=None)]

@@ -39,7 +39,7 @@ def test_a_file_says_its_protocol(path):
     assert any(line.startswith('# protocol: paper (the default)')
                for line in path.read_text().splitlines())
     grid = path.stem.startswith('grid')
-    given = ([run.stages[0].given for run in read_grid(path).runs] if grid
+    given = ([run.tasks[0].given for run in read_grid(path).runs] if grid
              else [yaml.safe_load(path.read_text())])
     for parameters in given: assert TrainConfig(**parameters, device='cpu').protocol == 'paper'
 
@@ -62,7 +62,7 @@ def test_supplement_a3():
 
 def test_the_grid_is_the_files():
     runs = read_grid(root/'experiments/grid.yaml').runs
-    found = [TrainConfig(**run.stages[0].given, device='cpu').identity() for run in runs]
+    found = [TrainConfig(**run.tasks[0].given, device='cpu').identity() for run in runs]
     wanted = [TrainConfig(**yaml.safe_load(p.read_text()), device='cpu').identity() for p in files]
     assert sorted(map(json.dumps, found)) == sorted(map(json.dumps, wanted))
     assert len(read_grid(root/'experiments/grid_fashion_mini.yaml').runs) == 8

@@ -144,13 +144,13 @@ def test_a_default_that_only_running_it_would_tell(line, sweep, tmp_path):
     notebook(tmp_path/'toy.ipynb', line, 'pass')
     assert notebook_parameters(tmp_path/'toy.ipynb')['value'].default is Computed
     run, = read_grid(sweep('grid: {value: [8]}')).runs
-    assert run.stages[0].identity == dict(value='8' if 'str' in line else 8)
+    assert run.tasks[0].identity == dict(value='8' if 'str' in line else 8)
 
 
 def test_a_list_is_taken_as_it_is(sweep, tmp_path):
     notebook(tmp_path/'toy.ipynb', 'sizes: list = [1, 2]', 'pass')
     runs = read_grid(sweep('grid: {sizes: [[1, 2], [3], 4]}')).runs
-    assert [run.stages[0].identity for run in runs] == [{}, dict(sizes=[3]), dict(sizes=4)]
+    assert [run.tasks[0].identity for run in runs] == [{}, dict(sizes=[3]), dict(sizes=4)]
 
 
 @pytest.mark.parametrize('cell, message', [
@@ -193,10 +193,10 @@ def test_nothing_of_a_notebook_is_run_by_the_sweep_itself(sweep, tmp_path, capsy
 # Damaged files of a sweep
 
 @pytest.mark.parametrize('data', [
-    b'', b'{"cwd": ', b'[]', b'{}', b'\xff', b'{"cwd": ".", "stages": 3}',
-    b'{"cwd": ".", "stages": [3]}', b'{"cwd": ".", "stages": [{"notebook": "a"}]}', None,
-    b'{"cwd": ".", "stages": [{"notebook": "a", "output": "b", "key": 1, "parameters": 5}]}',
-    b'{"stages": []}'])
+    b'', b'{"cwd": ', b'[]', b'{}', b'\xff', b'{"cwd": ".", "tasks": 3}',
+    b'{"cwd": ".", "tasks": [3]}', b'{"cwd": ".", "tasks": [{"notebook": "a"}]}', None,
+    b'{"cwd": ".", "tasks": [{"notebook": "a", "output": "b", "key": 1, "parameters": 5}]}',
+    b'{"tasks": []}'])
 def test_a_damaged_job_is_one_error(data, sweep):
     run, = read_grid(sweep('grid: {value: [1]}')).runs
     prepare(run)
@@ -254,13 +254,13 @@ def test_lists_and_home(sweep, tmp_path, monkeypatch):
     for folder in ('records', 'grids'): (tmp_path/folder).mkdir()
     def runs(text): return read_grid(sweep(text)).runs
     parts = 'grid: {value: [1]}\nthen: {notebook: later.ipynb, parameters: {checkpoint: %s}}'
-    listed, written = (runs(parts % value)[0].stages[1]
+    listed, written = (runs(parts % value)[0].tasks[1]
                        for value in ("['{run_dir}/a', b]", "'{run_dir}/a, b'"))
     assert listed.given['checkpoint'] == written.given['checkpoint'].split(', ')
     assert '{run_dir}' not in str(listed.given) and listed.key() == written.key()
     plain, = runs('grid: {kind: ["right, wrong"], value: [1]}')
-    assert runs('grid: {kind: [[right, wrong]], value: ["1"]}')[0].stages == (
-        replace(plain.stages[0], given=dict(kind=['right', 'wrong'], value='1')),)
+    assert runs('grid: {kind: [[right, wrong]], value: ["1"]}')[0].tasks == (
+        replace(plain.tasks[0], given=dict(kind=['right', 'wrong'], value='1')),)
     (tmp_path/'grids/home.yaml').write_text(
         'notebook: ~/toy.ipynb\nrecords: ~/records\npages: ~/later.ipynb\ngrid: {value: [1]}')
     grid = read_grid('~/grids/home.yaml', '~/out')
@@ -382,8 +382,8 @@ def test_a_stopped_sweep_leaves_no_process_and_goes_on(sweep):
     wait_for(lambda: not any(alive(p) for p in pids), 10, 'the end of the kernels')
     assert [row['state'] for row in table()] == ['not finished']*2
     for run in read_grid(grid).runs:
-        ((run.stages[0].run_dir(run.folder)).mkdir(parents=True, exist_ok=True),
-         (run.stages[0].run_dir(run.folder)/'again').touch())
+        ((run.tasks[0].run_dir(run.folder)).mkdir(parents=True, exist_ok=True),
+         (run.tasks[0].run_dir(run.folder)/'again').touch())
     assert main([grid, '--jobs', '2']) == 0 and [row['state'] for row in table()] == ['finished']*2
 
 
@@ -396,14 +396,14 @@ run, job = folder/'toy', json.loads((folder/'job.json').read_text())
 run.mkdir(exist_ok=True)
 (run/'config.json').write_text('{"epochs": 9}')
 did = len((run/'metrics.jsonl').read_text().splitlines()) if (run/'metrics.jsonl').exists() else 0
-waits = job['stages'][0]['parameters']['value'] == 2 and not did
+waits = job['tasks'][0]['parameters']['value'] == 2 and not did
 while not asked and did < 9:
     did += 1
     with open(run/'metrics.jsonl', 'a') as file: file.write('{"epoch": 1, "clean": 5, "pgd": 1}\\n')
     if waits and did == 3:
         (run/'waits').touch()
         while not asked: time.sleep(.01)
-note = dict(done=[], stopped=True) if asked else dict(done=[s['key'] for s in job['stages']])
+note = dict(done=[], stopped=True) if asked else dict(done=[s['key'] for s in job['tasks']])
 (folder/'status.json').write_text(json.dumps(note))"""
 
 
@@ -446,8 +446,8 @@ def test_no_run_is_begun_without_time_for_it(sweep, monkeypatch):
 
 def test_a_run_whose_own_time_is_over_is_not_finished(sweep, monkeypatch):
     "Its notebook came through, with a report of what was trained"
-    def papermill(stage, cwd, came):
-        run = Path(stage['parameters']['run_dir'])
+    def papermill(task, cwd, came):
+        run = Path(task['parameters']['run_dir'])
         run.mkdir(exist_ok=True)
         (run/'config.json').write_text('{"epochs": 9}')
         (run/'metrics.jsonl').write_text('{"epoch": 1, "clean": 5, "pgd": 1}\n')

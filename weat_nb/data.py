@@ -229,14 +229,14 @@ def batches(
     flip:bool = False, # mirror each image with probability 1/2
     drop_last:bool = False, # leave out a last batch that is not full
     skip:int = 0, # batches at the beginning to leave out, for which nothing is drawn but the order
-    state:Tensor|None = None, # of the generator, taken up once the order is drawn
+    generator_state:Tensor|None = None, # taken up once the order is drawn
 )->Iterator[tuple[Tensor, Tensor]]: # x (B, C, H, W) float32 in [0, 1] and y (B,)
     "Go through the data once, in batches"
     batch_size, pad = check_count('batch_size', batch_size), check_count('pad', pad, 0)
     if (pad or flip) and generator is None:
         raise ValueError(f'pad = {pad} and flip = {flip} are random: '
                          'give a generator, or pad=0 and flip=False')
-    return _batches(data, batch_size, generator, pad, flip, drop_last, skip, state)
+    return _batches(data, batch_size, generator, pad, flip, drop_last, skip, generator_state)
 
 # %% ../nbs/parts/data.ipynb #4125a4af
 def _batches(

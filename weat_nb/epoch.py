@@ -69,12 +69,13 @@ def epoch_batches(
     config:TrainConfig, # of the run
     generator:torch.Generator, # orders, crops and flips
     skip:int = 0, # batches to leave out
-    state:Tensor|None = None, # of the generator after them
+    generator_state:Tensor|None = None, # after them
 )->Iterator[tuple[Tensor, Tensor]]: # x (B, C, H, W) in [0, 1] and y (B,)
     "A random, augmented pass over the images; only the released protocol uses a last short batch"
     n_aux, how = config.aux_images(), config.augmentation()
     for x, y in batches(train, config.batch_size - n_aux, generator=generator, **how,
-                        drop_last=not config.released, skip=skip, state=state):
+                        drop_last=not config.released, skip=skip,
+                        generator_state=generator_state):
         if n_aux:
             assert aux is not None # `training_data` gives them where the config asks for a share
             chosen = torch.randint(len(aux), (n_aux,), device=x.device, generator=generator)
@@ -195,11 +196,12 @@ class _Pass:
         self.device = next(training.model.parameters()).device
         self.row = training.objective or config.row
 
-    def begin(self, skip:int = 0, state:Tensor|None = None
+    def begin(self, skip:int = 0, generator_state:Tensor|None = None
               )->tuple[torch.Generator, Iterator[tuple[Tensor, Tensor]]]:
         "Batches from one on, and the generator that all of the epoch draws from"
         generator, config = torch.Generator(self.device).manual_seed(self.seed), self.config
-        at:dict[str, Any] = dict(skip=skip, state=None if state is None else state.cpu())
+        if generator_state is not None: generator_state = generator_state.cpu()
+        at:dict[str, Any] = dict(skip=skip, generator_state=generator_state)
         if self.augmented:
             return generator, epoch_batches(self.train, self.aux, config, generator, **at)
         return generator, batches(self.train, config.batch_size, generator=generator,

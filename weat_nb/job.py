@@ -38,21 +38,21 @@ def finished(
     run:Run, # of a sweep
 )->bool: # are all its notebooks through, with these parameters?
     "Is there nothing left to do?"
-    return status(run.folder).get('done') == [s.key() for s in run.stages]
+    return status(run.folder).get('done') == [s.key() for s in run.tasks]
 
 # %% ../nbs/parts/job.ipynb #94650b0d
 def prepare(
     run:Run, # of a sweep
 )->None:
     "What the run's process has to know; what an earlier process said of its failure is forgotten"
-    stages = []
-    for s in run.stages:
+    tasks = []
+    for s in run.tasks:
         own = ({'run_dir': str(s.run_dir(run.folder))}
                if 'run_dir' in notebook_parameters(s.notebook) else {})
-        stages.append(dict(notebook=str(s.notebook), output=str(s.output(run.folder)),
+        tasks.append(dict(notebook=str(s.notebook), output=str(s.output(run.folder)),
                            parameters={**s.given, **own}, key=s.key()))
     write_text(run.folder/'job.json',
-               json.dumps(dict(cwd=os.getcwd(), stages=stages), indent=1) + '\n')
+               json.dumps(dict(cwd=os.getcwd(), tasks=tasks), indent=1) + '\n')
     write_text(run.folder/'status.json',
                json.dumps(dict(done=status(run.folder).get('done', []))) + '\n')
 
@@ -73,25 +73,25 @@ def _pass_on()->Iterator[list[int]]:
         for name, handler in before.items(): signal.signal(getattr(signal, name), handler)
 
 # %% ../nbs/parts/job.ipynb #21e80c96
-def _papermill(stage:dict[str, Any], cwd:str, came:list[int], tries:int = 5)->None:
+def _papermill(task:dict[str, Any], cwd:str, came:list[int], tries:int = 5)->None:
     "Of kernels started at once one may find its port taken and die before its first cell; retry it"
     import papermill
     for left in reversed(range(tries)):
         try:
             return papermill.execute_notebook(
-                stage['notebook'], stage['output'], stage['parameters'], cwd=cwd,
+                task['notebook'], task['output'], task['parameters'], cwd=cwd,
                 progress_bar=False, start_timeout=300)
         except RuntimeError as e:
             if not left or came or 'before replying' not in str(e): raise
 
 # %% ../nbs/parts/job.ipynb #f1768c76
 def _job(folder:Path)->tuple[list[dict[str, Any]], str]:
-    "The stages that `prepare` wrote, and the folder they are run in"
+    "The tasks that `prepare` wrote, and the folder they are run in"
     file, todo = folder/'job.json', 'start the sweep again, which writes it'
     job = read_json(file, todo)
     with reading(file, 'is damaged', todo, LookupError, TypeError):
         return [dict(notebook=str(s['notebook']), output=str(s['output']), key=s['key'],
-                     parameters={**s['parameters']}) for s in job['stages']], str(job['cwd'])
+                     parameters={**s['parameters']}) for s in job['tasks']], str(job['cwd'])
 
 # %% ../nbs/parts/job.ipynb #67857b92
 def execute(
@@ -101,8 +101,8 @@ def execute(
     import papermill
     folder = as_path(folder)
     with _pass_on() as came, lock_run(folder):
-        stages, cwd = _job(folder)
-        keys, done = [s['key'] for s in stages], status(folder).get('done')
+        tasks, cwd = _job(folder)
+        keys, done = [s['key'] for s in tasks], status(folder).get('done')
         def note(**more:Any)->None:
             write_text(folder/'status.json', json.dumps(dict(done=done, **more)) + '\n')
         def stopped()->SystemExit:
@@ -111,20 +111,20 @@ def execute(
         # an evaluation that was added later leaves the training done
         done = done if isinstance(done, list) and done == keys[:len(done)] else []
         note()
-        for stage in stages[len(done):]:
-            try: _papermill(stage, cwd, came)
+        for task in tasks[len(done):]:
+            try: _papermill(task, cwd, came)
             except (RuntimeError, KeyboardInterrupt) as e: # its kernel has ended, or never began
                 if came: raise stopped() from e
                 raise
             except papermill.PapermillExecutionError as e:
                 if came or e.ename == 'Stopped': raise stopped() from e
                 error = f'{e.ename}: {e.evalue}'.strip().splitlines()[-1]
-                note(error=error, notebook=stage['output'])
+                note(error=error, notebook=task['output'])
                 raise SystemExit(1) from e
             # through, but its time_budget was over before the training was
-            if (Path(stage['parameters'].get('run_dir', folder))/STOPPED).exists():
+            if (Path(task['parameters'].get('run_dir', folder))/STOPPED).exists():
                 raise stopped()
-            done = [*done, stage['key']]
+            done = [*done, task['key']]
             note()
 
 # %% ../nbs/parts/job.ipynb #07793f8c

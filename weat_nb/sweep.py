@@ -164,7 +164,7 @@ def main(
         if args.dry_run:
             for run in runs:
                 print('finished' if finished(run) else 'to run  ', run.folder.name,
-                      json.dumps(run.stages[0].given))
+                      json.dumps(run.tasks[0].given))
             return 0
         failed = run_sweep(runs, args.jobs, options if args.slurm is not None else None, budget)
     except (ValueError, OSError, RuntimeError) as e:

@@ -57,7 +57,7 @@ def scores(
 
 # %% ../nbs/parts/sweep_table.ipynb #64f0f6d8
 def _state(run:Run)->str:
-    noted, folder = status(run.folder), run.stages[0].run_dir(run.folder)
+    noted, folder = status(run.folder), run.tasks[0].run_dir(run.folder)
     if finished(run): return 'finished'
     if 'error' in noted: return 'failed'
     if noted.get('done') or not (folder/'config.json').exists(): return 'not finished'
@@ -72,7 +72,7 @@ def summarise_sweep(
     "The table of a sweep, as it stands"
     rows = []
     for run in runs:
-        given = run.stages[0].given
+        given = run.tasks[0].given
         rows.append({**{k: v for k, v in given.items() if k not in place(given)},
                      'state': _state(run), **scores(run.folder), 'run': run.folder.name})
     return rows
@@ -90,6 +90,6 @@ def write_summary(
     table.writerows(rows)
     write_text(folder/'summary.csv', text.getvalue())
     # what was given in full: two decimals would make 0 of a weight decay
-    told = [{k: f'{v:g}' if isinstance(v, float) and k in run.stages[0].given else v
+    told = [{k: f'{v:g}' if isinstance(v, float) and k in run.tasks[0].given else v
              for k, v in row.items()} for run, row in zip(runs, rows)]
     write_text(folder/'summary.md', Table(told)._repr_markdown_() + '\n')
