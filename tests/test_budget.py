@@ -424,7 +424,7 @@ def test_two_processes_stop_together(small, tmp_path):
     "A budget ends both after the same update; together they go on as if they had not stopped"
     config = small(num_train=40, epochs=4, sync_batchnorm=True)
     fit(config, tmp_path/'whole', num_processes=2)
-    for seconds in (9., 15., None): # how far they come depends on the machine
+    for seconds in (9., None): # how far they come depends on the machine
         try: result = fit(config, tmp_path/'run', num_processes=2, time_budget=seconds)
         except (Stopped, BudgetError): continue
     assert result.stopped is None and result.epochs == 4

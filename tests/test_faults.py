@@ -223,6 +223,7 @@ def test_two_runs_in_one_folder(tmp_path, survived):
 
 HOLDS = """
 import os, sys, time
+from weat_nb.runs import lock_run
 with lock_run(sys.argv[1]):
     waits = sys.argv[2] == 'with a child' and os.fork() # the child speaks, once it runs
     if not waits: print(os.getpid(), flush=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from weat_nb import fetch, measures
+from weat_nb import fetch, image_quality
 from weat_nb.image_quality import (
     INCEPTION_SHA256, INCEPTION_URL, extract_features, feature_measures, frechet_distance,
     inception_measures, inception_score, kernel_distance, nearest_images, pairwise_distance,
@@ -175,8 +175,8 @@ def test_inception_call(tmp_path, monkeypatch):
         return dict(frechet_inception_distance=1., kernel_inception_distance_mean=2.,
                     inception_score_mean=3.)
     monkeypatch.setattr(torch_fidelity, 'calculate_metrics', calculate)
-    monkeypatch.setattr(measures, 'download', lambda url, target, digest: target)
-    monkeypatch.setattr(measures, 'file_sha256', lambda path: INCEPTION_SHA256)
+    monkeypatch.setattr(image_quality, 'download', lambda url, target, digest: target)
+    monkeypatch.setattr(image_quality, 'file_sha256', lambda path: INCEPTION_SHA256)
     found = inception_measures(torch.rand(6, 1, 8, 8), pictures(5), root=str(tmp_path))
     assert (found['FID'], found['KID'], found['IS'], found['KID subsets of']) == (1., 2., 3., 5)
     assert (given['input1'][0].shape == (3, 8, 8) and given['input1'][0].dtype == torch.uint8

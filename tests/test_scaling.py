@@ -17,6 +17,7 @@ def gpus(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: request.param)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'card')
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **how: True)
     return request.param
 
 
@@ -58,7 +59,7 @@ def test_other_devices(monkeypatch):
             and page(notebook).run(device='cpu', processes='4,')['counts'] == [4])
     odd = page(notebook).run(device='cpu', batch_size=33)
     assert (odd['counts'] == [1]
-            and 'left out: batch_size = 33 cannot be shared equally by 2.' in report(odd))
+            and 'left out: batch_size = 33 cannot be shared equally by 2 processes' in report(odd))
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     assert page(notebook).run(device='mps')['counts'] == [1]
     assert re.search("'mps' cannot be shared by processes",

@@ -96,14 +96,3 @@ def test_outside_a_run_signals_do_as_ever():
               'print(all(signal.getsignal(getattr(signal, s)) is signal.SIG_DFL for s in SIGNALS))')
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
     assert done.stdout == 'True\n', done.stderr
-
-
-@pytest.mark.slow
-def test_a_stopped_papermill_goes_on_bit_for_bit(tmp_path):
-    "The command that stops it twenty times, once"
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name('stop_often.py'), tmp_path/'runs', '--times', '1',
-         '-p', 'num_train', '960', '-p', 'epochs', '1'], capture_output=True, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=400)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert '1 stops; updates lost: 0, at most 0.0 s each; the end is that of' in done.stdout
