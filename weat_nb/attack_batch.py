@@ -1,4 +1,4 @@
-"""Without an attack, under a row of the table of attacks, or under a part of AutoAttack: which images of a batch are misclassified, whatever ran before.
+"""Which images of a batch are misclassified: without an attack, under a row, under AutoAttack.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/attack_batch.html.md"""
 

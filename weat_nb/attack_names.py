@@ -1,4 +1,4 @@
-"""One grammar for what is to be run and for what was measured: `pgd`, `fab-20`, `pgd-50(step_size=1/255)`.
+"""One grammar for what is to be run and what was measured: `pgd`, `fab-20`, `pgd-50(start=none)`.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/attack_names.html.md"""
 

@@ -1,4 +1,4 @@
-"""What the checks of a machine are made with and made of, and the line that each becomes, whatever happens in it.
+"""What the checks of a machine are made of, and the line that each becomes, whatever happens in it.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/bench.html.md"""
 

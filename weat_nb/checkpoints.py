@@ -1,4 +1,4 @@
-"""A model in a file, with what builds it again; the weights of another are refused before anything changes.
+"""A model in a file, with what builds it again; weights of another are refused before any change.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/checkpoints.html.md"""
 

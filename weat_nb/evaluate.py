@@ -35,8 +35,8 @@ from .kept_batches import lock_kept, open_kept, run_attack, save_kept
 from .own import own_content
 from .plots import Table
 from .probe import Probe, as_it_was, moved_in_words
-from .records import (AUTOATTACK, RECORD_FORMAT, check_record, record_rows, standard_error,
-                             suspicions)
+from .records import (AUTOATTACK, RECORD_FORMAT, any_distance, check_record, record_rows,
+                             standard_error, suspicions)
 from .runs import Progress
 from .schema import as_json, foreign_config
 from .tensors import weights_sha256
@@ -171,7 +171,7 @@ def _result(name:str, entry:Mapping[str, Any], after:Mapping[str, Tensor],
                accuracy=accuracy, standard_error=standard_error(accuracy, n),
                seconds=round(sum(b['seconds'] for b in batches), 1))
     if name == 'clean': out['zero_gradients'] = sum(b['zero_gradients'] for b in batches)
-    if name == 'cw' or entry['settings'].get('ball', '') is None:
+    if any_distance(name, entry['settings']):
         distances = [d for b in batches for d in b['distances']]
         out.update(accuracy_any_distance=100*(int(clean.sum()) - len(distances))/n,
                    median_distance=statistics.median(distances) if distances else None)

@@ -1,4 +1,4 @@
-"""The model as an attack sees it: evaluation mode, no gradients of weights, BatchNorm folded in, and on a CPU the small maps of many images convolved as one.
+"""The model as an attack sees it: evaluation mode, BatchNorm folded in, no gradients of weights.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/frozen.html.md"""
 

@@ -1,4 +1,4 @@
-"""An evaluation goes on where it was stopped: each batch is measured once, kept with what it was measured for, and made smaller where it does not fit into the memory.
+"""An evaluation goes on where it was stopped: each batch is measured once, and kept.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/kept_batches.html.md"""
 

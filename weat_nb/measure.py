@@ -1,4 +1,4 @@
-"""Accuracy and energies of natural images and of their adversarial examples, at once or epoch after epoch.
+"""Accuracy and energies, natural and under attack, at once or epoch after epoch.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/measure.html.md"""
 

@@ -1,4 +1,4 @@
-"""The networks of the paper and of the robust-classifier literature, under the names of their public weights.
+"""The networks of the paper and of the literature, under the names of their public weights.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/networks.html.md"""
 

@@ -1,4 +1,4 @@
-"""Mean and deviation of the pixels, by whatever name others kept them; values that cannot be meant for pixels in [0, 1] are refused.
+"""Mean and deviation of the pixels, by whatever name others kept them; senseless ones are refused.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/normaliser.html.md"""
 

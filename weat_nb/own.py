@@ -1,4 +1,4 @@
-"""An objective, an attack, a network, a data set or a recipe from a file beside the notebook, known by what the file holds.
+"""An objective, attack, network, data set or recipe from one's own file, by its content.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/own.html.md"""
 

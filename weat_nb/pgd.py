@@ -1,4 +1,4 @@
-"""Projected gradient ascent on cross-entropy, KL or DLR: the ball, the start, the losses, the loop, and a function that puts them together.
+"""Projected gradient ascent on cross-entropy, KL or DLR: ball, start, losses and loop.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/pgd.html.md"""
 

@@ -6,7 +6,7 @@ Docs: https://weat-nb.github.io/weat_nb/parts/records.html.md"""
 
 # %% auto #0
 __all__ = ['PUBLISHED_RECORDS', 'AUTOATTACK', 'RECORD_FORMAT', 'RECORD_SHAPE', 'TRAINING_SHAPE', 'RESULT_SHAPE', 'ATTACK_SHAPES',
-           'suspicions', 'standard_error', 'record_rows', 'check_record', 'read_record', 'check_state']
+           'suspicions', 'standard_error', 'record_rows', 'any_distance', 'check_record', 'read_record', 'check_state']
 
 # %% ../nbs/parts/records.ipynb #daf88ed8
 import math
@@ -142,8 +142,12 @@ def _kind(attack:str)->str:
     if attack in ATTACK_SHAPES: return attack
     return 'pgd' if re.fullmatch(r'pgd-\d+', attack) else 'row'
 
-def _any_distance(kind:str, settings:Mapping[str, Any])->bool:
+def any_distance(
+    attack:str, # as it is recorded
+    settings:Mapping[str, Any], # of its result
+)->bool:
     "Does an attack look for the nearest image, whether it is in the ball or not?"
+    kind = _kind(attack)
     return kind == 'cw' or kind == 'row' and settings.get('ball', '') is None
 
 # %% ../nbs/parts/records.ipynb #6a66b9ce
@@ -177,7 +181,7 @@ def _check_numbers(r:Mapping[str, Any], clean:Mapping[str, Any], at:str, hint:st
     if kind == 'row':
         name = attack_name(r['row'], r['steps'], r['options'])
         demand(r['attack'] == name, 'attack', f'{name}, of its row, steps and options')
-    if _any_distance(kind, r):
+    if any_distance(r['attack'], r):
         far = images('accuracy_any_distance', r['accuracy_any_distance'])
         demand(far <= right, 'accuracy_any_distance',
                f"at most {r['accuracy']}, the accuracy in the ball")
@@ -216,7 +220,7 @@ def check_record(
             refuse(f'{at}.attack', r['attack'], 'an attack that is not there before', hint)
         kind = _kind(r['attack'])
         check_fields(r, ATTACK_SHAPES[kind], at, hint)
-        if _any_distance(kind, r): check_fields(r, _NEAREST, at, hint)
+        if any_distance(r['attack'], r): check_fields(r, _NEAREST, at, hint)
         _check_numbers(r, record['results'][0], at, hint)
 
 # %% ../nbs/parts/records.ipynb #c7bb38bb
@@ -267,7 +271,7 @@ def check_state(
         parts = (*AUTOATTACK,) if kind == 'autoattack' else (kind,)
         n, size = entry['settings']['num_images'], entry['batch_size']
         count = -(-n//size) if size else 0 # batches of a part
-        nearest = _any_distance(kind, entry['settings'])
+        nearest = any_distance(attack, entry['settings'])
         for key, batch in entry['batches'].items():
             part, _, k = key.partition('/')
             if part not in parts or not re.fullmatch(r'0|[1-9]\d{0,15}', k) or int(k) >= count:

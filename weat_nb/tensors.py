@@ -1,4 +1,4 @@
-"""Numbers in files that cannot run code, cannot be half-written, and say when a bit of theirs has changed.
+"""Numbers in files that run no code, are never half-written, and say when a bit has changed.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/tensors.html.md"""
 

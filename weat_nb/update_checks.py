@@ -1,4 +1,4 @@
-"""Is an update of the network, and each part of it, what the authors' computation gives on this device?
+"""Is an update of the network, and each part of it, what the authors' computation gives here?
 
 Docs: https://weat-nb.github.io/weat_nb/parts/update_checks.html.md"""
 

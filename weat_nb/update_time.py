@@ -1,4 +1,4 @@
-"""An update computed in several ways, each timed beside the authors' computation and beside what the machine could do.
+"""An update computed in several ways, each timed beside the authors' and the machine's best.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/update_time.html.md"""
 

@@ -1,4 +1,4 @@
-"""What in a file fills every tensor of a network, found by names and shapes; where two different sets do, the caller chooses.
+"""What in a file fills every tensor of a network; where two different sets do, the caller chooses.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/weight_sets.html.md"""
 

@@ -1,4 +1,4 @@
-"""The network's tensors out of the file that its authors left, whatever it is wrapped in, and a note of what was taken.
+"""The tensors of a network out of the file that its authors left, and a note of what was taken.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/weights.html.md"""
 
