@@ -44,10 +44,10 @@ from PIL import Image
 from weat_nb import (checkpoints, dynamics, fetch, grid, own_data, pretrained, readers,
                      record_tables, runs, sweep_table)
 from weat_nb.data import ImageData
-from weat_nb.evaluate import evaluate
-from weat_nb.kept_batches import kept_sha256, open_kept
+from weat_nb.kept_batches import KeptBatches, batch_of
 from weat_nb.models import create_model
-from weat_nb.tensors import CheckpointError, _digest, load_tensors, save_tensors
+from weat_nb.outcomes import read_outcomes
+from weat_nb.tensors import CheckpointError, load_tensors, save_tensors, tensors_sha256
 
 FIGURES = Path(__file__).with_name('fuzz.json')
 GIB = 1 << 30
@@ -280,7 +280,7 @@ def signed_anew(rng, data):
         elif kind == 3: tensors[name] = t.double() if t.is_floating_point() else t.float()
         elif kind == 4: tensors[name] = t.unsqueeze(0).clone()
     metadata = json.loads(json.dumps(metadata))
-    note = dict(sha256=_digest(tensors, metadata), metadata=metadata)
+    note = dict(sha256=tensors_sha256(tensors, metadata), metadata=metadata)
     return safetensors.torch.save(tensors, {'weat_nb': json.dumps(note)})
 
 
@@ -352,9 +352,9 @@ WHAT = dict( # for the page
     folder='images: PNG, JPEG, BMP, GIF, TIFF, WebP, PPM', jpegs='JPEGs of Tiny-ImageNet',
     idx='arrays of Fashion-MNIST', gz='the same, packed', unpickle='batches of CIFAR',
     tar='the archive of CIFAR', tiny='labels of Tiny-ImageNet', lines='metrics.jsonl',
-    run='config.json of a run', records='records of evaluations', state='state of an evaluation',
-    executed='an executed notebook', scores='what a sweep reads of a run',
-    grid='a grid of runs, YAML')
+    run='config.json of a run', records='records of evaluations', outcomes='outcomes of images',
+    batch='kept batches, signed anew', executed='an executed notebook',
+    scores='what a sweep reads of a run', grid='a grid of runs, YAML')
 
 
 def rng_of(*what): return random.Random('/'.join(map(str, what)))
@@ -618,26 +618,38 @@ def grid_content(path):
 reader('grid', good_grids, grid_content, (ValueError, FileNotFoundError), 'grid.yaml', (as_yaml,))
 
 
-STATE = {} # what the evaluation is that goes on
+RECORD = 'fashion_mini-sat-resnet8-seed0'
 
-def good_state(folder):
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+def good_outcomes(folder):
+    found = Path(__file__).parent.parent/'nbs/results/records'
+    shutil.copy(found/f'{RECORD}.json', folder)
+    return [(found/f'{RECORD}.outcomes.safetensors').read_bytes()]
+
+reader('outcomes', good_outcomes, lambda p: read_outcomes(p.with_name(f'{RECORD}.json')),
+       (ValueError,), f'{RECORD}.outcomes.safetensors', (signed_anew, as_safetensors), sealed=True)
+
+
+def nobody(*args, **images): raise ValueError('it would be measured again')
+
+def batch_content(path, measure=nobody):
+    "What is read of a kept batch of three images, and the generator's next number"
     x, y = (torch.from_numpy(a) for a in some_images())
-    data = ImageData(x.permute(0, 3, 1, 2).contiguous(), y, ('a', 'b', 'c'), 'x')
-    data = written(lambda p: evaluate(model, data, ('clean', 'pgd-1'), p, eps=.1, step_size=.05,
-                                      batch_size=3, show=False), folder)
-    found = json.loads(data)
-    for attack in found['attacks'].values(): # the same mutants each time
-        for batch in attack['batches'].values(): batch['seconds'] = .25
-    del found['sha256']
-    STATE.update(identity=found['identity'],
-                 settings={name: a['settings'] for name, a in found['attacks'].items()})
-    signed = {**found, 'sha256': kept_sha256(found)}
-    return [json.dumps(found).encode(), json.dumps(signed).encode()]
+    data = ImageData(x.permute(0, 3, 1, 2).contiguous()[:3], y[:3], ('a', 'b', 'c'), 'x')
+    g = torch.Generator().manual_seed(0)
+    kept = KeptBatches(path.parent, dict(eps=.1, steps=[1, 2]), generator=g)
+    return kept.run(lambda: kept.joined(torch.arange(3), batch_of(data, 'cpu'), measure),
+                    usual=3, most=3, device='cpu'), torch.rand(1, generator=g)
 
-def state_content(path): return open_kept(path, **STATE)
+def good_batch(folder):
+    g = torch.Generator().manual_seed(1)
+    file = folder/'of'/'00000-003.safetensors'
+    batch_content(file, lambda indices, x, y: dict(drawn=torch.rand(3, 2, generator=g)))
+    tensors, note = load_tensors(file)
+    note['batch']['seconds'] = .25 # the same mutants each time
+    return [written(lambda p: save_tensors(p, tensors, note), folder)]
 
-reader('state', good_state, state_content, (ValueError,), 'state.json', (as_json,))
+reader('batch', good_batch, batch_content, (ValueError,), '00000-003.safetensors',
+       (signed_anew, as_safetensors))
 
 
 def good_executed(folder):

@@ -19,7 +19,7 @@ from weat_nb.epoch import make_training, train_epoch
 from weat_nb.evaluate import evaluate
 from weat_nb.frozen import FrozenCopy
 from weat_nb.generate import STARTS, Start, class_energies, energy_guided, sgld
-from weat_nb.landscapes import attack_energies, fixed_steps, over_batches, steps_energies
+from weat_nb.landscapes import attack_energies, fixed_steps, steps_energies
 from weat_nb.losses import OBJECTIVES
 from weat_nb.measure import measure_energies
 from weat_nb.image_quality import extract_features, nearest_images, pairwise_distance
@@ -200,7 +200,7 @@ def test_evaluate(tmp_path):
     with torch.no_grad():
         model[0].weight *= 30
         right = model.eval()(data.images.to('cuda')/255).argmax(1).cpu()
-    how = dict(eps=.5, step_size=.2, show=False, state=tmp_path/'state.json')
+    how = dict(eps=.5, step_size=.2, show=False, folder=tmp_path/'batches')
     table = evaluate(model, replace(data, labels=right), attacks, **how)
     assert 'Pretended GPU' in table.record['hardware']
     again = evaluate(model, replace(data, labels=right), attacks, **how)
@@ -239,14 +239,15 @@ def test_generation(name, tmp_path):
     assert energy_guided(model, start, y, g, candidates=2).is_cuda
 
 
-def test_batches_are_large():
+def test_batches_are_large(tmp_path):
     "Of 500, where a CPU takes 50 and 250"
     model, sizes, data = net(), [], pictures(600).to('cuda')
-    over_batches(lambda x, y, seed: sizes.append(len(x)) or dict(y=y), data)
+    attack_energies(model, data, 'pgd', eps=.1, steps=1, folder=tmp_path)
+    assert [p.stem for p in sorted(tmp_path.glob('*.safetensors'))] == ['00000-500', '00500-100']
     hook = model[0].register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     extract_features(data.images, model)
     hook.remove()
-    assert sizes == [500, 100]*2
+    assert sizes == [500, 100]
 
 
 def test_measures_and_subsets():

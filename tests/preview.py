@@ -16,10 +16,15 @@ import yaml
 
 root = Path(__file__).parent.parent
 PREPARE = """
+from functools import cache
+from nbdev import config
+config._load_toml = cache(config._load_toml) # it is asked for twice a cell
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 refresh_quarto_yml()
 proc_nbs(force=True, n_workers=0)
+import os
+os._exit(0) # the shells of a hundred pages take longer to end than the pages did
 """
 CITED = r'@([a-z]+\d{4}\w*)'
 

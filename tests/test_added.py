@@ -72,7 +72,7 @@ def test_an_attack(added, tmp_path):
     "Evaluated and read back, its energies and claims, its cost, the table of results"
     model = tiny()
     data = images_for(model)
-    found = evaluate(model, data, 'noise, noise-3(scale=0.5), pgd-5, cw', tmp_path/'state.json',
+    found = evaluate(model, data, 'noise, noise-3(scale=0.5), pgd-5, cw', tmp_path/'batches',
                      about=dict(name='net'), num_images={'noise': 30}, batch_size=16, **BALL)
     assert list(found.correct) == ['clean', 'noise-7', 'noise-3(scale=0.5)', 'pgd-5', 'cw']
     result = found.record['results'][1]
@@ -105,19 +105,19 @@ def test_an_attack(added, tmp_path):
 
 
 def test_an_attack_from_a_file(file, tmp_path):
-    "It is known by what the file holds, in record, state and energies"
+    "It is known by what the file holds, in record, batches and energies"
     model = tiny()
     data, name = images_for(model), './my_attack.py:row(towards=-1)'
-    found = evaluate(model, data, [name], tmp_path/'state.json', **BALL).record
+    found = evaluate(model, data, [name], tmp_path/'batches', **BALL).record
     written = found['results'][1]
     assert re.fullmatch(r'row@[0-9a-f]{12}-1\(towards=-1\.0\)', written['attack'])
     assert written['row'] == written['attack'][:16] and written['options'] == dict(towards=-1.)
     assert 'my_attack' not in json.dumps(found)
     (tmp_path/'mine.json').write_text(json.dumps(found))
     file.write_text(FILE.replace('no steps', 'other words'))
-    other = evaluate(model, data, [name], tmp_path/'state.json', **BALL).record
+    other = evaluate(model, data, [name], tmp_path/'batches', **BALL).record
     assert other['results'][1]['attack'] != written['attack'] # measured anew, beside the first
-    assert len(json.loads((tmp_path/'state.json').read_text())['attacks']) == 3
+    assert len([*(tmp_path/'batches').glob('*/')]) == 3
     m = attack_energies(model, data[:4], name, eps=EPS, folder=tmp_path/'kept')
     file.write_text(FILE)
     with pytest.raises(ValueError, match='attack is .row@.* there and .row@.* here'):
@@ -341,34 +341,6 @@ def test_a_wrong_result_of_a_row_is_refused(tmp_path, added):
         (tmp_path/'good.json').write_text(json.dumps(replaced(good, f'results/{path}', value)))
         with pytest.raises(ValueError, match=r'results.\d.\.\w+ = .* is not allowed'):
             read_records(tmp_path)
-
-
-# as the commit before this grammar wrote it, of the three kinds of batches
-OLD = dict(clean=('clean', {}, dict(zero_gradients=0)),
-           **{'pgd-5': ('pgd', dict(norm='linf', eps=.1, loss='ce', start='uniform', steps=5,
-                                    step_size=.03), {})},
-           cw=('cw', dict(norm='linf', eps=.1, loss='cw-linf', steps=10, initial_const=1.,
-                          largest_const=1.1), dict(distances=[])))
-
-
-def test_a_state_of_before_is_taken_up(tmp_path, monkeypatch):
-    "Nothing of it is measured again, and the record is what it was"
-    model, file = tiny(), tmp_path/'state.json'
-    data = images_for(model, 8)
-    fresh = evaluate(model, data, ('clean', 'pgd-5', 'cw'), file, **BALL)
-    found = json.loads(file.read_text())
-    for name, (part, settings, batch) in OLD.items():
-        kept = found['attacks'][name]
-        assert kept['settings'] == dict(num_images=8, **settings) and list(kept) == [
-            'settings', 'batch_size', 'batches']
-        assert set(kept['batches'][f'{part}/0']) == {*batch, 'broken', 'seconds'}
-    del found['sha256']
-    file.write_text(json.dumps(found))
-    monkeypatch.setattr('weat_nb.evaluate.attack_batch', None)
-    assert numbers(evaluate(model, data, 'pgd-5 cw', file, **BALL).record) == numbers(fresh.record)
-    results = [list(r) for r in fresh.record['results']]
-    assert results[1] == ['attack', 'num_images', 'norm', 'eps', 'loss', 'start', 'steps',
-                          'step_size', 'batch_size', 'accuracy', 'standard_error', 'seconds']
 
 
 def test_published_records_have_the_columns_they_had():

@@ -648,8 +648,8 @@ def test_names_that_are_not_utf8(tmp_path):
     for data, about in ((load_dataset(path, 'test'), {}),
                         (load_dataset(tmp_path/'set', 'test'), dict(name=path.name))):
         with pytest.raises(ValueError, match='is not allowed: it must be .* a text in Unicode'):
-            evaluate(model, data, 'clean', tmp_path/'state.json', about=about, **ball)
-    assert not (tmp_path/'state.json').exists()
+            evaluate(model, data, 'clean', tmp_path/'batches', about=about, **ball)
+    assert not (tmp_path/'batches').exists()
 
 
 # Rectangles

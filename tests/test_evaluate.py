@@ -8,10 +8,7 @@ import math
 import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -29,16 +26,17 @@ from weat_nb.attack_batch import attack_batch
 from weat_nb.checkpoints import save_checkpoint
 from weat_nb.config import from_protocol
 from weat_nb.data import ImageData, load_dataset, to_float
-from weat_nb.evaluate import EvaluationWarning, _result, evaluate
+from weat_nb.evaluate import EvaluationWarning, evaluate
 from weat_nb.hardware import hardware
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
+from weat_nb.outcomes import empty_outcomes, outcome_numbers, read_outcomes
 from weat_nb.pretrained import load_model, load_pretrained, pretrained_note, publish_model
 from weat_nb.record_tables import (_OBJECTIVES, PAPER_RESULTS, measured_table, not_run_yet,
                                    paper_numbers, paper_table, read_records)
-from weat_nb.records import record_rows, standard_error
-from weat_nb.runs import lock_file, lock_run, write_text
-from weat_nb.tensors import CheckpointError, weights_sha256
+from weat_nb.records import read_record, record_rows, standard_error
+from weat_nb.runs import lock_file, lock_run
+from weat_nb.tensors import CheckpointError, load_tensors, save_tensors, weights_sha256
 
 root = Path(__file__).parent.parent
 EPS = dict(eps=.03, step_size=.01, show=False)
@@ -130,51 +128,7 @@ def test_pgd_is_pgd():
     assert (there != here.correct['pgd-20']).sum() <= 1 # another start, the same attack
 
 
-KILLED = ("""
-import sys, time
-sys.path.insert(0, {tests!r})
-import torch, test_evaluate as t, weat_nb.evaluate as e
-torch.set_num_threads(1)
-t.AutoAttack._set_version = t.short_version
-slow, original = {slow}, e.attack_batch
-def attack_batch(*a, **k):
-    time.sleep(slow)
-    return original(*a, **k)
-e.attack_batch = attack_batch
-model = t.tiny()
-record = e.evaluate(model, t.images_for(model), ('clean', 'pgd-20', 'cw', 'autoattack'), """
-"""state={state!r}, num_images=dict(autoattack=8), batch_size=4, **t.EPS).record
-print(t.json.dumps(t.numbers(record)))
-""")
-
-
-@pytest.mark.slow
-def test_killed_and_resumed(tmp_path):
-    """Killed by the system in the middle of its work, twice, and taken up: the numbers of one that
-    ran through"""
-    def start(state, slow):
-        code = KILLED.format(tests=str(root/'tests'), slow=slow, state=str(state))
-        return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)
-    through = start(tmp_path/'through.json', 0)
-    state, done = tmp_path/'killed.json', 0
-    for more in (3, 12): # batches until the next kill
-        process = start(state, .05)
-        while process.poll() is None:
-            count = sum(len(a['batches']) for a in json.loads(
-                state.read_text())['attacks'].values()) if state.exists() else 0
-            if count >= done + more: process.send_signal(signal.SIGKILL)
-            time.sleep(.01)
-        assert process.returncode == -signal.SIGKILL, process.stderr.read()
-        done = sum(len(a['batches']) for a in json.loads(state.read_text())['attacks'].values())
-    kept = json.loads(state.read_text())['attacks']
-    last, (out, err) = start(state, 0), through.communicate()
-    again, _ = last.communicate()
-    assert json.loads(again) == json.loads(out), err
-    for name, entry in kept.items(): # what was there has not been computed again
-        for key, batch in entry['batches'].items():
-            assert json.loads(state.read_text())['attacks'][name]['batches'][key] == batch
-    assert not list(tmp_path.glob('.*.part'))
+def batches_in(folder): return sorted(folder.rglob('*.safetensors'))
 
 
 class Small(nn.Module):
@@ -200,27 +154,25 @@ def test_batch_size_is_halved(short):
         evaluate(Small(model), data, ('pgd-20',), batch_size=16, **EPS)
 
 
-def test_state_of_something_else_is_refused(tmp_path):
-    model, state = tiny(), tmp_path/'state.json'
+def test_batches_of_something_else_are_refused(tmp_path):
+    model, folder = tiny(), tmp_path/'batches'
     data = images_for(model)
-    evaluate(model, data, ('pgd-5',), state, **EPS)
-    before = state.read_bytes()
+    evaluate(model, data, ('pgd-5',), folder, **EPS)
+    before = {file: file.read_bytes() for file in batches_in(folder)}
     other = ImageData(255 - data.images, data.labels, data.classes, data.name)
     for given, options, message in [
             ((tiny(1), data), {}, 'weights_sha256 is'), ((model, other), {}, 'images_sha256 is'),
             ((model, data), dict(seed=1), 'seed is 0 there and 1 here'),
-            ((model, data), dict(num_images=20), 'clean .num_images is 40 there and 20 here'),
-            ((model, data), dict(step_size=.02), 'pgd-5 .step_size is 0.01 there and 0.02 here')]:
+            ((model, data), dict(num_images=20), 'clean-00000-040.* .num_images is 40 there and'),
+            ((model, data), dict(step_size=.02), 'pgd-5.* .step_size is 0.01 there and 0.02')]:
         with pytest.raises(ValueError, match=message):
-            evaluate(*given, ('pgd-5',), state, **{**EPS, **options})
+            evaluate(*given, ('pgd-5',), folder, **{**EPS, **options})
     with pytest.raises(ValueError,
-                       match='state.json holds batches of 40 images, given batch_size = 7'):
-        evaluate(model, data, ('pgd-5',), state, batch_size=7, **EPS)
-    assert state.read_bytes() == before
-    for text in ('{"format"', '[]', '{"format": "other"}'):
-        state.write_text(text)
-        with pytest.raises(ValueError, match='is no state of an evaluation'):
-            evaluate(model, data, ('pgd-5',), state, **EPS)
+                       match='batches/clean holds batches of 40 images, given batch_size = 7'):
+        evaluate(model, data, ('pgd-5',), folder, batch_size=7, **EPS)
+    assert {file: file.read_bytes() for file in batches_in(folder)} == before
+    with pytest.raises(ValueError, match='folder = .* it must be a folder, there or not yet'):
+        evaluate(model, data, ('pgd-5',), batches_in(folder)[0], **EPS)
 
 
 def test_the_pixels_mean_belongs_to_the_model(tmp_path):
@@ -229,21 +181,22 @@ def test_the_pixels_mean_belongs_to_the_model(tmp_path):
     first, other = (create_model('resnet8', 10, 1, 28, mean=[mean], std=[.5], seed=0)
                     for mean in (.5, .1))
     assert weights_sha256(first) != weights_sha256(other)
-    evaluate(first, data, ('clean',), tmp_path/'state.json', show=False)
-    with pytest.raises(ValueError, match='state of another evaluation .weights_sha256 is'):
-        evaluate(other, data, ('clean',), tmp_path/'state.json', show=False)
+    evaluate(first, data, ('clean',), tmp_path, show=False)
+    with pytest.raises(ValueError, match='other settings .weights_sha256 is'):
+        evaluate(other, data, ('clean',), tmp_path, show=False)
 
 
-def test_a_state_in_use_is_refused(tmp_path):
-    model, state = tiny(), tmp_path/'state.json'
-    evaluate(model, images_for(model), ('clean',), state, **EPS)
-    half = tmp_path/'.state.json.abcdefgh.part' # what the other process is writing just now
+def test_batches_in_use_are_refused(tmp_path):
+    model, folder = tiny(), tmp_path/'batches'
+    evaluate(model, images_for(model), ('clean',), folder, **EPS)
+    # the other process writes it just now
+    half = folder/'clean/.clean-00000-040.safetensors.abcdefgh.part'
     half.touch()
-    with lock_file(tmp_path/'.state.json.lock', 'busy'), pytest.raises(
-            RuntimeError, match='is being written by another evaluation: wait for it'):
-        evaluate(model, images_for(model), ('clean',), state, **EPS)
+    with lock_file(folder/'.lock', 'busy'), pytest.raises(
+            RuntimeError, match='is being written by another process: wait for it'):
+        evaluate(model, images_for(model), ('clean',), folder, **EPS)
     assert half.exists()
-    evaluate(model, images_for(model), ('clean',), state, **EPS)
+    evaluate(model, images_for(model), ('clean',), folder, **EPS)
     assert not half.exists()
 
 
@@ -375,22 +328,21 @@ def test_the_papers_numbers_are_all_shown_once():
 def test_cw_that_breaks_every_image():
     "Without a radius nothing is left: exactly 0, however many images were right before"
     for n in range(1001):
-        clean = torch.arange(1000) < n
-        entry = dict(settings=dict(num_images=1000), batch_size=1000,
-                     batches={'cw/0': dict(seconds=1., distances=[.1]*n)})
-        result = _result('cw', entry, {'cw': torch.zeros(1000, dtype=torch.bool)}, clean)
-        assert (result['accuracy_any_distance'] == 0
-                and len(record_rows(dict(results=[result]))) == 2)
+        cw = torch.where(torch.arange(1000) < n, 1, -1).to(torch.int8)
+        result = outcome_numbers(dict(attack='cw'),
+                                 {'cw': cw, 'cw distance': torch.full((1000,), .1)})
+        rows = record_rows(dict(results=[dict(result, attack='cw', num_images=1000)]))
+        assert result['accuracy_any_distance'] == 0 and len(rows) == 2
 
 
-def test_state_takes_more_attacks(tmp_path, monkeypatch):
+def test_a_folder_takes_more_attacks(tmp_path, monkeypatch):
     model = tiny()
     data = images_for(model)
-    first = evaluate(model, data, ('pgd-5',), tmp_path/'state.json', **EPS)
+    first = evaluate(model, data, ('pgd-5',), tmp_path/'batches', **EPS)
     seen = []
     monkeypatch.setattr('weat_nb.evaluate.attack_batch',
                         lambda part, *a, **k: (seen.append(part), attack_batch(part, *a, **k))[1])
-    more = evaluate(model, data, ('pgd-5', 'cw'), tmp_path/'state.json', **EPS)
+    more = evaluate(model, data, ('pgd-5', 'cw'), tmp_path/'batches', **EPS)
     assert seen == ['cw'] and numbers(more.record)[:2] == numbers(first.record)
 
 
@@ -494,7 +446,7 @@ def test_autoattack_without_its_package(monkeypatch):
 def test_record_says_what_was_run(tmp_path):
     model, about, dataset = load_model('fashion_mini-sat-resnet8')
     data = load_dataset(dataset, 'test')[:10]
-    record = evaluate(model, data, ('pgd-5', 'cw'), tmp_path/'state.json', num_images=dict(cw=5),
+    record = evaluate(model, data, ('pgd-5', 'cw'), tmp_path/'batches', num_images=dict(cw=5),
                       about=about, show=False).record
     assert str(tmp_path) not in json.dumps(record) and str(Path.home()) not in json.dumps(record)
     assert (record['model']['training']['objective'] == 'sat'
@@ -707,14 +659,13 @@ def test_bad_parameters_stop_before_any_work(parameters, message, tmp_path, monk
 
 
 @pytest.mark.parametrize('names, message', [
-    (dict(run_dir='same', state='same'), "state = 'same' is not allowed: it must be a file"),
-    (dict(run_dir='/dev/null/run', state='state.json'), 'name a folder that can be written to')])
+    (dict(run_dir='/dev/null/run'), 'name a folder that can be written to')])
 def test_a_record_without_a_place_stops_before_any_work(names, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('weat_nb.evaluate.attack_batch', None)
     cells = json.loads((root/'nbs/09_evaluate.ipynb').read_text(encoding='utf-8'))['cells']
     run = next(s for s in (''.join(c['source']) for c in cells) if 'record.json' in s
-               and 'evaluate(' in s and 'write_text(' in s)
+               and 'evaluate(' in s and '.save(' in s)
     given = argparse.Namespace(
         checkpoint='', arch=None, dataset='', key=None, root=None, device='cpu', seed=0,
         num_images=2, batch_size=None, eps=.1, step_size=.1, attacks='clean', **names)
@@ -723,7 +674,7 @@ def test_a_record_without_a_place_stops_before_any_work(names, message, tmp_path
         exec(run, dict(given=given, named={'clean': None}, mean=None, std=None, device='cpu',
                        load_model=lambda *a, **k: (model, {}, 'fashion_mini'),
                        load_dataset=lambda *a: data, from_protocol=from_protocol, Path=Path,
-                       evaluate=evaluate, lock_run=lock_run, write_text=write_text, json=json))
+                       evaluate=evaluate, lock_run=lock_run))
     assert not [p for p in tmp_path.rglob('*') if p.suffix == '.json']
 
 
@@ -743,13 +694,14 @@ def test_results_page_shows_the_records(tmp_path):
         'run the page again: papermill --cwd nbs/results '
         'nbs/results/index.ipynb nbs/results/index.ipynb && nbdev-clean')
     records = read_records(results.parent/'records')
-    measured, *between, listed = tables[0]
+    measured, *between, listed, derived = tables[0]
     assert measured == measured_table(records)._repr_markdown_()
     missing, *paper = between[between.index(paper_numbers()._repr_markdown_()) + 1:]
     ours = paper_table(records)
     assert missing == not_run_yet([row for row in ours if row['epochs, ours'] == 100])
     assert (paper == ([ours._repr_markdown_()] if ours else [])
-            and len(listed.splitlines()) == len(records) + 2)
+            and len(listed.splitlines()) == len(records) + 2
+            and derived.splitlines()[2].startswith(f'| {len(records)} | {len(records)} |'))
 
 
 def test_records_hold_no_paths_of_machines():
@@ -1068,7 +1020,7 @@ def test_a_config_of_any_kind(model, written, tmp_path):
     "Also when the evaluation is resumed"
     data = images_for(model)
     for attacks in (('clean',), ('clean', 'pgd-5')):
-        record = evaluate(model, data, attacks, tmp_path/'state.json', **EPS).record
+        record = evaluate(model, data, attacks, tmp_path/'batches', **EPS).record
         assert record['model']['config'] == written
     json.dumps(record, allow_nan=False)
 
@@ -1126,8 +1078,8 @@ def test_wrapped_networks(kind, tmp_path):
     model = tiny()
     model.config = dict(arch='resnet8')
     data, outer = images_for(model), wrapped(kind, model)
-    bare = evaluate(model, data, ('pgd-5', 'cw'), tmp_path/'state.json', **EPS)
-    both = evaluate(outer, data, ('pgd-5', 'cw'), tmp_path/'state.json', **EPS)
+    bare = evaluate(model, data, ('pgd-5', 'cw'), tmp_path/'batches', **EPS)
+    both = evaluate(outer, data, ('pgd-5', 'cw'), tmp_path/'batches', **EPS)
     fresh = evaluate(outer, data, ('pgd-5', 'cw'), **EPS)
     assert bare.record['model'] == both.record['model'] == fresh.record['model']
     assert numbers(bare.record) == numbers(fresh.record)
@@ -1230,7 +1182,7 @@ def test_a_model_without_parameters(buffer):
     (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), 'fails at one image of toy.*3 channels')])
 def test_what_is_no_model_is_refused_before_any_work(model, says, tmp_path):
     with pytest.raises((ValueError, TypeError), match=says):
-        evaluate(model, images_for(tiny()), ('clean',), tmp_path/'a/state.json', **EPS)
+        evaluate(model, images_for(tiny()), ('clean',), tmp_path/'a/batches', **EPS)
     assert not list(tmp_path.iterdir())
 
 
@@ -1320,38 +1272,120 @@ def test_published_records_are_read():
     assert len(read_records(folder)) == len(list(folder.glob('*.json'))) > 20
 
 
-def test_a_damaged_state_is_refused_by_file_key_and_value(tmp_path, survived):
-    model, file = tiny(), tmp_path/'state.json'
+def test_a_damaged_batch_is_refused_by_its_file(tmp_path, survived):
+    "Damaged, of another kind, or changed by hand under a checksum that is right"
+    model, folder = tiny(), tmp_path/'batches'
     data = images_for(model)
-    evaluate(model, data, ('pgd-5', 'cw'), file, batch_size=20, **EPS)
-    good = json.loads(file.read_text())
-    batch = lambda attack, part: f'attacks|{attack}|batches|{part}'
-    cases = [('identity', None), ('attacks', []), ('attacks|clean', 3), ('attacks|clean', {}),
-             ('attacks|fgsm', good['attacks']['clean']), ('attacks|clean|settings', []),
-             ('attacks|clean|settings|num_images', 0), ('attacks|clean|batch_size', 'many'),
-             ('attacks|clean|batch_size', None), ('attacks|clean|batches', [])]
-    for attack, part in (('clean', 'clean/0'), ('pgd-5', 'pgd/0'), ('cw', 'cw/0')):
-        cases += [(batch(attack, part), v) for v in (None, {}, [])]
-        cases += [(f'{batch(attack, part)}|{key}', v) for key, v in (
-            ('broken', None), ('broken', [40]), ('broken', [-1]), ('broken', [1, 1]),
-            ('broken', ['1']), ('broken', [39]), ('seconds', -1), ('seconds', math.nan))]
-        cases += [(batch(attack, 'other/0'), good['attacks'][attack]['batches'][part]),
-                  (batch(attack, part[:-1] + '7'), good['attacks'][attack]['batches'][part])]
-    cases += [(f"{batch('clean', 'clean/0')}|zero_gradients", v) for v in (-1, 'none', KeyError)]
-    cases += [(f"{batch('cw', 'cw/0')}|distances", v) for v in (3, [2.], ['a'], KeyError)]
-    for path, value in cases:
-        state = json.loads(json.dumps(good))
-        *way, last = path.split('|')
-        place = state
-        for key in way: place = place[key]
-        if value is KeyError: del place[last]
-        else: place[last] = value
-        file.write_text(json.dumps(state))
-        before = file.read_bytes()
-        with pytest.raises(ValueError, match='is not allowed: it must be .* is no state of an '
-                                             'evaluation, or damaged: name another') as caught:
-            evaluate(model, data, ('pgd-5', 'cw'), file, batch_size=20, **EPS)
-        assert str(caught.value).startswith(f'{file}') and file.read_bytes() == before, path
-    survived('3 damaged files', 'a key of the state of an evaluation is missing or damaged',
-             len(cases), 'an error that names the file, the key and the value; the file stays as '
-             'it was')
+    found = evaluate(model, data, ('pgd-5', 'cw'), folder, batch_size=20, **EPS)
+    cases = 0
+    for file in batches_in(folder):
+        good, (tensors, note) = file.read_bytes(), load_tensors(file)
+        def changed(**batch): return tensors, {**note, 'batch': {**note['batch'], **batch}}
+        wrong = [(good[:-1], 'cut short|damaged'), (good[:50], 'cut short|damaged'),
+                 (b'', 'empty'), ((tensors, {}), 'settings'),
+                 ((tensors, {**note, 'batch': []}), r'batch = \[\] is not allowed'),
+                 (changed(size=0), 'size = 0'), (changed(seconds=-1), 'seconds = -1'),
+                 (changed(notes=['']), 'notes'), (changed(images='0'*64), 'other images'),
+                 (({k: v for k, v in tensors.items() if k != 'indices'}, note), 'indices'),
+                 (({**tensors, 'indices': tensors['indices'] + 1}, note), 'other images'),
+                 (({**tensors, 'broken': tensors['broken'][1:]}, note), ': tensors = .* is not')]
+        for content, message in wrong:
+            if isinstance(content, bytes): file.write_bytes(content)
+            else: save_tensors(file, *content)
+            before = file.read_bytes()
+            with pytest.raises(ValueError, match=message) as caught:
+                evaluate(model, data, ('pgd-5', 'cw'), folder, batch_size=20, **EPS)
+            assert file.name in str(caught.value) and file.read_bytes() == before
+            cases += 1
+        file.unlink() # what the error says: it is measured again
+        again = evaluate(model, data, ('pgd-5', 'cw'), folder, batch_size=20, **EPS)
+        for name, outcome in found.outcomes.items():
+            assert torch.equal(again.outcomes[name], outcome)
+    survived('3 damaged files', 'a batch of an evaluation: cut, of another kind, changed by hand',
+             cases, 'an error that names the file; the file stays as it was; deleted, the batch is '
+             'measured again')
+
+
+# Outcomes of images
+
+def test_every_published_number_is_derived_again_from_its_images():
+    folder, derived = results.parent/'records', 0
+    for path in folder.glob('*.json'):
+        outcomes, record = read_outcomes(path), read_record(path)
+        assert set(outcomes) == {name for r in record['results']
+                                 for name in empty_outcomes(r['attack'], r, 1)}
+        for r in record['results']:
+            for key, value in outcome_numbers(r, outcomes).items():
+                assert r[key] == value
+                derived += 1
+    assert derived > 100
+    assert {p.name.removesuffix('.outcomes.safetensors') for p in folder.glob('*.safetensors')} == {
+        p.stem for p in folder.glob('*.json')}
+
+
+def test_outcomes_are_those_of_the_attacks(short):
+    "Image by image: what the natural image and each attack's own result say"
+    model = tiny()
+    data = images_for(model)
+    found = evaluate(model, data, ('pgd-5', 'cw', 'cw-l2-5', 'autoattack'),
+                     num_images={'autoattack': 12}, **EPS)
+    right, outcomes = found.correct['clean'], found.outcomes
+    assert torch.equal(right, model.eval()(data.images/255).argmax(1) == data.labels)
+    for r in found.record['results'][1:]:
+        outcome = outcomes[r['attack']]
+        n = len(outcome)
+        assert n == r['num_images'] and torch.equal(outcome == -1, ~right[:n])
+        assert set(outcome.tolist()) <= {-1, 0, *range(1, len(r.get('parts', 'x')) + 1)}
+    for name in ('cw', 'cw-l2-5'):
+        distance, outcome = outcomes[f'{name} distance'], outcomes[name]
+        assert torch.equal(distance == 0, outcome == -1)
+    assert (outcomes['cw distance'][outcomes['cw'] == 1] <= EPS['eps'] + 1e-6).all()
+    assert (outcomes['cw distance'][outcomes['cw'] == 0] > EPS['eps']).all()
+    assert found.record['results'][4]['after']['clean'] == 100*right[:12].double().mean()
+
+
+def test_records_are_saved_with_their_outcomes(tmp_path):
+    model = tiny()
+    data, path = images_for(model), tmp_path/'mine.json'
+    found = evaluate(model, data, ('pgd-5', 'cw'), **EPS)
+    assert found.save(path) == path == found.save(str(path)) # again: the same evaluation
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['mine.json', 'mine.outcomes.safetensors']
+    for name, outcome in read_outcomes(path).items():
+        assert torch.equal(outcome, found.outcomes[name])
+    other = evaluate(tiny(1), data, ('pgd-5', 'cw'), **EPS)
+    before = path.read_bytes()
+    for less, message in [(other, 'weights_sha256'),
+                          (evaluate(model, data, 'pgd-5', **EPS), "cw is {'attack'.*and None"),
+                          (evaluate(model, data, 'pgd-5 cw', num_images=20, **EPS), 'num_images'),
+                          (evaluate(model, data, 'pgd-5 cw', **{**EPS, 'eps': .1}), 'eps')]:
+        with pytest.raises(FileExistsError, match=f'another evaluation .*{message}.*another file'):
+            less.save(path)
+    assert path.read_bytes() == before
+    evaluate(model, data, 'pgd-5 cw pgd-7', **EPS).save(path) # the same, and one attack more
+    found.save(tmp_path/'again.json')
+    shutil.move(tmp_path/'again.json', path)
+    shutil.move(tmp_path/'again.outcomes.safetensors', tmp_path/'mine.outcomes.safetensors')
+    other.save(tmp_path/'other.json')
+    beside = tmp_path/'mine.outcomes.safetensors'
+    good = beside.read_bytes()
+    beside.write_bytes((tmp_path/'other.outcomes.safetensors').read_bytes())
+    with pytest.raises(ValueError, match='does not hold the outcomes of mine.json: restore'):
+        read_outcomes(path)
+    beside.unlink()
+    with pytest.raises(FileNotFoundError, match='mine.outcomes.safetensors, are not beside it'):
+        read_outcomes(path)
+    beside.write_bytes(good)
+    record = json.loads(path.read_text())
+    for change, message in [
+            (dict(outcomes_sha256=None), 'outcomes_sha256 = None'),
+            (dict(results=[record['results'][0]]), ''),
+            (dict(seed=None), 'seed = None')]:
+        path.write_text(json.dumps({**record, **change}))
+        if message:
+            with pytest.raises(ValueError, match=message): read_outcomes(path)
+        else: read_outcomes(path) # fewer attacks than were run: no number is wrong
+    del record['outcomes_sha256']
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match='kept no outcomes: evaluate the model again'):
+        read_outcomes(path)
+    assert read_record(path) # of an earlier version

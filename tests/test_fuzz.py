@@ -29,8 +29,8 @@ FEW = 25 # mutants
 
 @pytest.fixture(scope='module', autouse=True)
 def imported(tmp_path_factory):
-    "What an evaluation imports, once for all forks"
-    READERS['state'].good(tmp_path_factory.mktemp('state'))
+    "What reading a batch imports, once for all forks"
+    READERS['batch'].good(tmp_path_factory.mktemp('batch'))
 
 
 @pytest.mark.parametrize('name', READERS)
@@ -158,11 +158,7 @@ BAD = { # reader -> what it is: content
         'half of a character': rb'{"a": "\ud800"}'},
     'run': {'depth': DEEP, 'bytes': b'\xff'},
     'records': {'depth': DEEP, 'bytes': b'\xff'},
-    'state': {
-        'depth': DEEP, 'bytes': b'\xff', 'a list': b'[]',
-        '10⁹ batches': b'{"format": "weat_nb evaluation 1", "identity": {}, "attacks": {"clean": '
-                       b'{"settings": {"num_images": 1000000000}, "batch_size": 1, '
-                       b'"batches": {"clean/x": {}}}}}'},
+    'batch': {'nothing at all': b'', 'a header of 2⁶⁴ bytes': EIGHT + b'{}'},
     'executed': {'depth': DEEP, 'bytes': b'\xff', 'nothing': b'{}', 'no cells': b'{"cells": 1}'},
     'scores': {'no epoch': b'{"pgd": 1, "clean": 1}', 'a list': b'{"pgd": 1, "epoch": []}'},
     'grid': {
@@ -195,10 +191,10 @@ def test_signed_anew(tmp_path):
     "Checksums that are right, of content that is not"
     import safetensors.torch
 
-    from weat_nb.tensors import _digest
+    from weat_nb.tensors import tensors_sha256
     tensors = fuzz.some_tensors()
     def signed(metadata):
-        note = dict(sha256=_digest(tensors, metadata), metadata=metadata)
+        note = dict(sha256=tensors_sha256(tensors, metadata), metadata=metadata)
         return safetensors.torch.save(tensors, {'weat_nb': json.dumps(note)})
     resnet = dict(arch='resnet8', num_classes=10, in_channels=1, image_size=28)
     bad = [signed(m) for m in (

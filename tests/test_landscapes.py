@@ -10,7 +10,7 @@ from weat_nb.data import batches, load_dataset
 from weat_nb.energy import delta_energy
 from weat_nb.frozen import FrozenCopy
 from weat_nb.landscapes import (_apart, attack_energies, attack_table, between, energy_record,
-                                fixed_steps, over_batches, plot_attack_histograms, plot_steps,
+                                fixed_steps, plot_attack_histograms, plot_steps,
                                 plot_violins, shift, steps_energies, tidy_energies)
 from weat_nb.models import create_model
 from weat_nb.plots import axes, short_name
@@ -123,50 +123,57 @@ def test_kept_batches_belong_to_weights_images_and_options(model, data, tmp_path
     first = attack_energies(model, data[:5], 'pgd', **options)
     longer = attack_energies(model, data, 'pgd', **options) # adds a batch, keeps the first
     assert (all(torch.equal(longer[k][:5], first[k]) for k in first)
-            and len(list((tmp_path/'pgd').iterdir())) == 2)
+            and len(list((tmp_path/'pgd').glob('*.safetensors'))) == 2)
     other, shifted = (
         create_model('resnet8', 10, in_channels=1, image_size=28, seed=1),
         create_model('resnet8', 10, in_channels=1, image_size=28, mean=[.5], std=[1.]))
     shifted.load_state_dict(model.state_dict()) # no checkpoint holds the mean of the pixels
     for change, message in [(dict(model=other), 'weights'), (dict(model=shifted), 'weights'),
-                            (dict(data=data[torch.arange(9, -1, -1)]), 'images'),
+                            (dict(data=data[torch.arange(9, -1, -1)]), 'other images'),
                             (dict(eps=.2), 'eps is 0.1 there and 0.2 here'),
-                            (dict(steps=2), 'steps')]:
+                            (dict(steps=2), 'options'), (dict(seed=1), 'seed is 0 there')]:
         given = {**dict(model=model, data=data), **options, **change}
-        with pytest.raises(ValueError, match=f'other settings.*{message}.*another run_dir'):
+        with pytest.raises(ValueError, match=f'{message}.*another folder'):
             attack_energies(given.pop('model'), given.pop('data'), 'pgd', **given)
 
 
 def test_a_damaged_batch_is_refused(model, data, tmp_path):
     options = dict(eps=EPS, steps=1, folder=tmp_path)
     attack_energies(model, data, 'pgd', **options)
-    file, = tmp_path.iterdir()
+    file, = tmp_path.glob('*.safetensors')
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match=file.name): attack_energies(model, data, 'pgd', **options)
 
 
-def test_one_image_and_the_last_dimension(data):
-    found = over_batches(lambda x, y, seed: dict(seeds=torch.full((2, len(x)), seed)), data[:3],
-                         seed=7, batch_size=1)
-    assert found['seeds'].tolist() == [[7, 8, 9]]*2
+def test_each_batch_has_its_own_seed(model, data):
+    "That of the run, and the number of its first image: an image's energy tells its batch"
+    one = attack_energies(model, data[:3], 'pgd', eps=EPS, steps=1, seed=7, batch_size=1)
+    for i in range(3):
+        alone = attack_energies(model, data[[i]], 'pgd', eps=EPS, steps=1, seed=7 + i)
+        for k, v in one.items(): assert torch.equal(v[i:i + 1], alone[k])
 
 
 def test_batches_that_do_not_fit(data, tmp_path):
-    "Are halved, and found again; a size that was asked for is not changed in silence"
-    def measure(x, y, seed):
-        if len(x) > 3: raise torch.OutOfMemoryError('out of memory')
-        sizes.append(len(x))
-        return dict(seeds=torch.full((len(x),), seed))
-    for done in ([3, 3, 3, 1], []): # the second finds what the first has kept
+    "Are halved from the beginning; a size that was asked for is not changed in silence"
+    class Small(torch.nn.Module):
+        net = torch.nn.Linear(784, 10)
+        def forward(self, x):
+            if len(x) > 3: raise torch.OutOfMemoryError('out of memory')
+            sizes.append(len(x))
+            return self.net(x.flatten(1))
+    how = dict(name='pgd', eps=EPS, steps=1)
+    for done in ([3, 1], []): # the second finds what the first has kept
         sizes = []
-        found = over_batches(measure, data[:10], seed=7, folder=tmp_path/'kept')
-        assert sizes == done and found['seeds'].tolist() == [7]*3 + [10]*3 + [13]*3 + [16]
+        found = attack_energies(Small(), data[:10], **how, folder=tmp_path/'kept')
+        assert [*dict.fromkeys(sizes)] == done
+    whole = attack_energies(Small(), data[:10], **how, batch_size=3)
+    assert all(torch.equal(v, found[k]) for k, v in whole.items())
     with pytest.raises(MemoryError, match='a batch of 4 images .* memory of cpu: .*or None'):
-        over_batches(measure, data[:10], batch_size=4)
+        attack_energies(Small(), data[:10], **how, batch_size=4)
     with pytest.raises(ValueError, match='batch_size = 0'):
-        over_batches(measure, data[:10], batch_size=0)
+        attack_energies(Small(), data[:10], **how, batch_size=0)
 
 
 @pytest.mark.parametrize('counts', [(), (2, 1), (1, 1), (-1, 2)])

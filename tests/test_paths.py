@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 import weat_nb
-from weat_nb import (check, checkpoints, data, dynamics, evaluate, fetch, generate, grid, own,
-                     own_data, pictures, plots, pretrained, record_tables, records, runs,
-                     sweep_table, tensors, train, weight_files, weights)
+from weat_nb import (check, checkpoints, class_pca, data, dynamics, evaluate, fetch, generate, grid,
+                     kept_batches, landscapes, measure, outcomes, own, own_data, pictures, plots,
+                     pretrained, record_tables, records, runs, sweep_table, tensors, train,
+                     weight_files, weights)
 from weat_nb.checks import as_path
 from weat_nb.config import TrainConfig
 from weat_nb.measure import snapshot_file
@@ -106,14 +107,31 @@ def test_home_wherever_a_path_is_taken(home, one_thread):
                                       == home/'run', there('run/best.safetensors')),
         'measure.snapshot_file.run_dir': lambda: (snapshot_file('~/run', 0).exists(),),
         'dynamics.read_snapshots.run_dir': lambda: (dynamics.read_snapshots('~/run'),),
-        'evaluate.evaluate.state': lambda: (
-            evaluate.evaluate(model, images, state='~/s/s.json', **quick), there('s/s.json')),
+        'evaluate.evaluate.folder': lambda: (
+            evaluate.evaluate(model, images, folder='~/s', **quick), there('s/clean')),
         'pretrained.load_model.checkpoint': lambda: pretrained.load_model(
             '~/m.safetensors', dataset='~/i.npz')[:1],
         'generate.Start.cache': lambda: (
             generate.Start('pca', images, cache='~/pca'), len([*(home/'pca').iterdir()]) == 1),
-        'generate.class_pca.cache': lambda: (
-            generate.class_pca(images, .5, '~/pca'), len([*(home/'pca').iterdir()]) == 2),
+        'class_pca.class_pca.cache': lambda: (
+            class_pca.class_pca(images, .5, '~/pca'), len([*(home/'pca').iterdir()]) == 2),
+        'kept_batches.hold_batches.folder': lambda: (
+            kept_batches.hold_batches('~/h').__enter__() is None, there('h/.lock')),
+        'kept_batches.KeptBatches.folder': lambda: (
+            kept_batches.KeptBatches('~/h', {}).folder == home/'h',),
+        'landscapes.attack_energies.folder': lambda: (
+            landscapes.attack_energies(model, images, 'pgd', eps=.1, steps=1, folder='~/ka'),
+            there('ka/00000-040.safetensors')),
+        'landscapes.steps_energies.folder': lambda: (
+            landscapes.steps_energies(model, images, 'pgd', (0, 1), eps=.1, step_size=.1,
+                                      folder='~/kb'), there('kb/00000-040.safetensors')),
+        'measure.measure_energies.folder': lambda: (
+            measure.measure_energies(model, images, eps=.1, step_size=.1, steps=1, folder='~/kc'),
+            there('kc/00000-040.safetensors')),
+        'generate.sgld.folder': lambda: (
+            generate.sgld(model, torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64), steps=1,
+                          step_size=.1, friction=.5, folder='~/kd'),
+            there('kd/00000-002.safetensors')),
         'grid.notebook_parameters.notebook': lambda: (grid.notebook_parameters('~/n.ipynb'),),
         'grid.read_grid.path': lambda: (grid.read_grid('~/g.yaml'),),
         'grid.read_grid.out': lambda: (grid.read_grid('~/g.yaml', '~/o').runs[0].folder.parent
@@ -147,6 +165,11 @@ def test_home_wherever_a_path_is_taken(home, one_thread):
         'check.check_machine.file': lambda: (
             check.check_machine('cpu', only=['data'], isolated=False, file='~/check.json'),
             there('check.json')),
+        'outcomes.save_record.path': lambda: (
+            evaluate.evaluate(model, images, **quick).save('~/ev/record.json'), there('ev')),
+        'outcomes.outcomes_file.record': lambda: (
+            outcomes.outcomes_file('~/ev/record.json').exists(),),
+        'outcomes.read_outcomes.path': lambda: (outcomes.read_outcomes('~/ev/record.json'),),
         'records.read_record.path': lambda: (records.read_record('~/r/record.json') == record(),),
         'record_tables.read_records.folder': lambda: (
             record_tables.read_records('~/r') == [record()],),

@@ -62,8 +62,7 @@ def _clean(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor)->dict[str, Any]
                                         materialize_grads=True)[0]
                     if logits.requires_grad else torch.zeros_like(z))
     broken = logits.argmax(1) != y
-    return dict(broken=broken,
-                zero_gradients=int(((gradient == 0).flatten(1).all(1) & ~broken).sum()))
+    return dict(broken=broken, zero_gradient=(gradient == 0).flatten(1).all(1) & ~broken)
 
 # %% ../nbs/parts/attack_batch.ipynb #f60fe4d9
 def _autoattack(part:str, model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, eps:float,
@@ -80,7 +79,7 @@ def _autoattack(part:str, model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, 
 # %% ../nbs/parts/attack_batch.ipynb #cf05b86c
 def _row(named:NamedAttack, model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, indices:Tensor,
          settings:Mapping[str, Any], seed:int)->dict[str, Any]:
-    "A row of `ATTACKS`; where it has no ball, with the distances of its successes"
+    "A row of `ATTACKS`; where it has no ball, with the distance of each success"
     eps, options = settings['eps'], {**{k: settings[k] for k in ('step_size', 'start')
                                         if k in settings}, **named.options}
     if options.get('start') in ('uniform', 'gaussian'):
@@ -94,7 +93,7 @@ def _row(named:NamedAttack, model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor
     far = delta.abs().amax(1)
     distance = far if named.row.norm == 'linf' else torch.linalg.vector_norm(delta, dim=1)
     return dict(broken=wrong & (far <= eps + 1e-6),
-                distances=[round(d, 6) for d in distance[wrong].tolist()])
+                distance=torch.where(wrong, distance, torch.inf))
 
 # %% ../nbs/parts/attack_batch.ipynb #d2cee0d7
 @defaults(torch.float32, 'cpu')
@@ -103,7 +102,7 @@ def attack_batch(
     model:Callable[[Tensor], Tensor], # logits of images, in evaluation mode
     x:Tensor, # (B, C, H, W) natural images in [0, 1]
     y:Tensor, # (B,) labels
-    indices:Tensor, # (B,) the images' numbers in the data set
+    indices:Tensor, # (B,) indices of the images in the data set
     *,
     settings:Mapping[str, Any], # of the attack, as they are recorded
     seed:int, # of the evaluation

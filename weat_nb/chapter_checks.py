@@ -154,13 +154,13 @@ def _stop_and_resume(b:Bench)->str:
 # %% ../nbs/parts/chapter_checks.ipynb #60604c9b
 @check(CHAPTER_CHECKS)
 def _evaluation(b:Bench)->str:
-    "`evaluate`: accuracies that fit the model's own answers; its state is read again"
+    "`evaluate`: accuracies that fit the model's own answers; its batches are read again"
     model, images = load_pretrained('fashion_mini-sat-resnet8', device=b.device), 32
     data = load_dataset('fashion_mini', 'test')[:images]
     with tempfile.TemporaryDirectory() as folder:
-        one, two = (evaluate(model, data, ('clean', 'pgd-20', 'cw'), Path(folder)/'state.json',
+        one, two = (evaluate(model, data, ('clean', 'pgd-20', 'cw'), Path(folder)/'batches',
                              show=False).record['results'] for _ in range(2))
-    must(one == two, 'what is read from the state is not what was measured')
+    must(one == two, 'what is read from the batches is not what was measured')
     with torch.no_grad():
         z = model(to_float(data.images).to(b.device)).argmax(1).cpu()
     right, found = int((z == data.labels).sum()), {r['attack']: r['accuracy'] for r in one}

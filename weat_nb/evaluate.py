@@ -8,10 +8,11 @@ Docs: https://weat-nb.github.io/weat_nb/evaluate.html.md"""
 __all__ = ['attack_passes', 'EvaluationWarning', 'Evaluation', 'evaluate']
 
 # %% ../nbs/09_evaluate.ipynb #47834d99
+import hashlib
 import importlib
-import statistics
+import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -26,25 +27,27 @@ from .arithmetic import exact_float32
 from .attack_batch import attack_batch
 from .attack_rows import Attack, NamedAttack
 from .attacks import parse_attack, parse_attacks
-from .checks import as_float32, check_count, check_path, in_words, refuse
+from .checks import as_float32, as_path, check_count, check_path, in_words, refuse
 from .config import from_protocol
 from .data import ImageData, to_float
 from .guards import GradientMaskingWarning, defaults, device_of, eval_mode, unwrap
 from .hardware import hardware, software
-from .kept_batches import lock_kept, open_kept, run_attack, save_kept
+from .kept_batches import KeptBatches, batch_of, hold_batches, measured_by
+from .outcomes import empty_outcomes, outcome_numbers, save_record
 from .own import own_content
 from .plots import Table
 from .probe import Probe, as_it_was, moved_in_words
-from .records import (AUTOATTACK, RECORD_FORMAT, any_distance, check_record, record_rows,
-                             standard_error, suspicions)
-from .runs import Progress
+from .records import (AUTOATTACK, RECORD_FORMAT, check_record, read_record, record_rows,
+                             suspicions)
+from .runs import Progress, differences
 from .schema import as_json, foreign_config
-from .tensors import weights_sha256
+from .tensors import tensors_sha256
 
 # %% ../nbs/09_evaluate.ipynb #9d2bbe9f
 _PRESETS = ('clean', 'autoattack') # which are no rows of `ATTACKS`
 # forward passes of an image that holds, by the parts of AutoAttack
 _PASSES = dict(zip(AUTOATTACK, (210, 1850, 2750, 5010), strict=True))
+_BATCH_SIZES = dict(cuda=2048, mps=250) # images at a time; a CPU takes 50
 
 def _version(package:str)->str:
     "What is written of a package"
@@ -131,68 +134,94 @@ class _Counted:
                 'are worth as answers is not known, so no accuracy is given')
 
 # %% ../nbs/09_evaluate.ipynb #f05a0134
-def _attack_all(jobs:Sequence[_Job], logits:_Counted, data:ImageData, kept:dict[str, Any],
-                file:Path|None, seed:int, batch_size:int|None,
-                )->tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    "Results of all attacks, and by attack which images (N,) hold"
-    correct:dict[str, Tensor] = {}
-    results = []
-    for i, job in enumerate(jobs):
-        clean = (correct['clean'][:job.count] if correct
-                 else torch.ones(job.count, dtype=torch.bool, device='cpu'))
-        passes = job.parts
-        def attack_images(part:str, indices:Tensor, left:Tensor)->dict[str, Any]:
-            after = list(passes.values())[list(passes).index(part) + 1:]
-            ahead = (passes[part]*int(left[indices[0]:].sum()) + sum(after)*int(left.sum())
-                     + sum(later.work*int(correct.get('clean', left)[:later.count].sum())
-                           for later in jobs[i + 1:]))
-            what = job.name if part in ('pgd', 'row') else part
+def _attack(job:_Job, kept:KeptBatches, clean:Tensor, logits:_Counted, data:ImageData, seed:int,
+            later:Callable[[Tensor], int])->dict[str, Tensor]:
+    "Outcomes under one attack; `clean` (N,) is -1 where an image is misclassified without it"
+    out = empty_outcomes(job.name, job.settings, job.count)
+    outcome, costs = out[job.name].copy_(clean), list(job.parts.items())
+    for k, (part, cost) in enumerate(costs, 1):
+        what = job.name if part in ('pgd', 'row') else part
+        after = sum(cost for _, cost in costs[k:])
+        def measure(indices:Tensor, x:Tensor, y:Tensor)->dict[str, Any]:
+            left = outcome == 0
+            ahead = cost*int(left[indices[0]:].sum()) + after*int(left.sum()) + later(left)
             logits.progress.aim(ahead, f'{what} on {len(left)} images, {int(left.sum())} hold')
-            few = data[indices.to(data.images.device)].to(logits.device)
-            found = attack_batch(part, logits, to_float(few.images), few.labels, indices,
-                                 settings=job.settings, seed=seed, named=job.named)
+            found = attack_batch(part, logits, x, y, indices, settings=job.settings, seed=seed,
+                                 named=job.named)
             logits.check(what)
             return found
-        entry = kept['attacks'][job.name]
-        after = run_attack(entry, batch_size, clean, attack_images, passes,
-                           lambda: save_kept(file, kept), logits.device.type, file)
-        correct[job.name] = list(after.values())[-1]
-        results.append(_result(job.name, entry, after, correct['clean'][:job.count]))
-    return results, correct
+        hold = (outcome == 0).nonzero().flatten()
+        if not len(hold): continue
+        for indices, found in kept.over(hold, batch_of(data, logits.device), measure, f'{part}-'):
+            outcome[indices[found.pop('broken')]] = -1 if job.name == 'clean' else k
+            for name, values in found.items(): out[f'{job.name} {name}'][indices] = values
+    return out
+
+# %% ../nbs/09_evaluate.ipynb #d6c35417
+def _attack_all(jobs:Sequence[_Job], kept:Mapping[str, KeptBatches], logits:_Counted,
+                data:ImageData, seed:int, batch_size:int|None,
+                )->tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    "Results of all attacks, and the outcome of each image under each"
+    outcomes:dict[str, Tensor] = {}
+    results = []
+    for i, job in enumerate(jobs):
+        clean = outcomes.get('clean', torch.zeros(job.count, dtype=torch.int8, device='cpu'))
+        def later(left:Tensor)->int: # passes of the attacks that are to come
+            right = outcomes['clean'] == 0 if outcomes else left
+            return sum(other.work*int(right[:other.count].sum()) for other in jobs[i + 1:])
+        batches, most = kept[job.name], job.count
+        outcomes |= batches.run(
+            lambda: _attack(job, batches, clean[:most], logits, data, seed, later), most=most,
+            usual=min(_BATCH_SIZES.get(logits.device.type, 50), most), device=logits.device,
+            batch_size=batch_size and min(batch_size, most))
+        results.append(_result(job, batches, outcomes))
+    return results, outcomes
 
 # %% ../nbs/09_evaluate.ipynb #7c76f533
-def _result(name:str, entry:Mapping[str, Any], after:Mapping[str, Tensor],
-            clean:Tensor)->dict[str, Any]:
+def _result(job:_Job, kept:KeptBatches, outcomes:Mapping[str, Tensor])->dict[str, Any]:
     "One attack's entry in the record"
-    n, batches = len(clean), list(entry['batches'].values())
-    percent = lambda t: 100*t.double().mean().item()
-    accuracy = percent(list(after.values())[-1])
-    out = dict(attack=name, **entry['settings'], batch_size=entry['batch_size'],
-               accuracy=accuracy, standard_error=standard_error(accuracy, n),
-               seconds=round(sum(b['seconds'] for b in batches), 1))
-    if name == 'clean': out['zero_gradients'] = sum(b['zero_gradients'] for b in batches)
-    if any_distance(name, entry['settings']):
-        distances = [d for b in batches for d in b['distances']]
-        out.update(accuracy_any_distance=100*(int(clean.sum()) - len(distances))/n,
-                   median_distance=statistics.median(distances) if distances else None)
-    if name == 'autoattack':
-        out['after'] = dict(clean=percent(clean),
-                            **{part: percent(left) for part, left in after.items()})
-        out['notes'] = list(dict.fromkeys(note for b in batches for note in b.get('notes', ())))
+    settings = dict(attack=job.name, **job.settings)
+    numbers = outcome_numbers(settings, outcomes)
+    out = dict(**settings, batch_size=kept.size, accuracy=numbers.pop('accuracy'),
+               standard_error=numbers.pop('standard_error'), seconds=round(kept.seconds, 1),
+               **numbers)
+    if job.name == 'autoattack': out['notes'] = list(dict.fromkeys(kept.notes))
     return out
+
+# %% ../nbs/09_evaluate.ipynb #b38d4b14
+def _said(record:Mapping[str, Any])->dict[str, Any]:
+    "What an evaluation says, but for what every run has anew"
+    results = {r['attack']: {k: v for k, v in r.items() if k != 'seconds'}
+               for r in record['results']}
+    return {**record['data'], **record['model'], 'seed': record['seed'], **results}
+
 
 # %% ../nbs/09_evaluate.ipynb #61d23af5
 class EvaluationWarning(UserWarning):
     "A reason to distrust a robust accuracy"
 
 class Evaluation(Table):
-    "Accuracies (%); `record`: everything that was run, `correct`: attack -> which images (N,) hold"
+    """Accuracies (%); `record`: everything that was run, `outcomes` of the images, `correct`:
+    attack -> which images (N,) are robust"""
     def __init__(self,
         record:dict[str, Any], # what is published
-        correct:dict[str, Tensor], # attack -> (N,) bool
+        outcomes:dict[str, Tensor], # from which its numbers follow
     ):
         super().__init__(record_rows(record))
-        self.record, self.correct = record, correct
+        self.record, self.outcomes = record, outcomes
+        self.correct = {r['attack']: outcomes[r['attack']] == 0 for r in record['results']}
+
+    def save(self,
+        path:str|Path, # NAME.json, the record; the outcomes go to NAME.outcomes.safetensors
+    )->Path: # path
+        "Write record and outcomes; `FileExistsError` at a record with results that this has not"
+        path = as_path(path)
+        if path.exists() and (other := differences(
+                old := _said(read_record(path)),
+                {k: v for k, v in _said(self.record).items() if k in old})):
+            raise FileExistsError(f'{path} is the record of another evaluation ({other}): '
+                                  'name another file')
+        return save_record(path, self.record, self.outcomes)
 
 # %% ../nbs/09_evaluate.ipynb #78d0d4f0
 def evaluate(
@@ -201,7 +230,7 @@ def evaluate(
     data:ImageData, # the images, in their order
     # see the table above; a list, or names with commas between; clean always comes first
     attacks:str|Sequence[str|Attack] = ('clean', 'pgd-20', 'cw', 'autoattack'),
-    state:str|Path|None = None, # file to take up a killed evaluation from; None: nothing is kept
+    folder:str|Path|None = None, # where batches are kept, to resume from; None: nothing is kept
     *,
     num_images:int|Mapping[str, int]|None = None, # the first so many, or that by attack; None: all
     eps:float|None = None, # radius of the l-inf ball, [0, 1] pixels; None: the data set's protocol
@@ -211,20 +240,20 @@ def evaluate(
     split:str = 'test', # of the data set, for the record
     about:Mapping[str, Any]|None = None, # known of the model, for the record: name, training, ...
     show:bool = True, # draw a progress bar
-)->Evaluation: # a table, with `record` and `correct`
+)->Evaluation: # a table, with `record`, `outcomes` and `correct`
     "Accuracy under each attack, and everything that was run"
     named = {'clean': None, **parse_attacks(attacks, presets=_PRESETS)}
     counts = _image_counts(named, num_images, len(data))
     radii = from_protocol(data.name, dict(eps=eps, step_size=step_size))
     seed = check_count('seed', seed, low=0, high=2**32 - 1)
     if batch_size is not None: batch_size = check_count('batch_size', batch_size)
-    file = None if state is None else check_path('state', state, 'new file')
+    place = None if folder is None else check_path('folder', folder, 'new folder')
     _check(model, data, named)
     jobs = [_Job(name, n, dict(num_images=counts[name], **_settings(name, n, **radii)))
             for name, n in named.items()]
     network, device = unwrap(model), device_of(model) # the wrappers only say how it is computed
-    identity = dict(weights_sha256=weights_sha256(model), dataset=data.name, split=split,
-                    images_sha256=data.sha256(), seed=seed, device=device.type, **software())
+    identity = dict(measured_by(model), dataset=data.name, split=split, seed=seed,
+                    images_sha256=data.sha256())
     record = _record(network, about, identity, device)
     progress = Progress(sum(job.count*job.work for job in jobs), 'evaluation', show=show)
     # eval() may merge or replace weights: inside, they are put back as it has left them
@@ -232,11 +261,12 @@ def evaluate(
           as_it_was(model) as put_back, ExitStack() as stack):
         logits = _Counted(network, device, progress)
         probe = Probe(network, to_float(data.images[:8]).to(device), data)
-        if file is not None: stack.enter_context(lock_kept(file))
-        kept = open_kept(file, identity, {job.name: job.settings for job in jobs})
+        stack.enter_context(hold_batches(place))
+        kept = {job.name: KeptBatches(place and place/_folder(job.name),
+                                      {**identity, **job.settings}) for job in jobs}
         found = [*probe.look(), *moved_in_words(put_back())]
         for text in found: warnings.warn(text, EvaluationWarning, stacklevel=2)
-        results, correct = _attack_all(jobs, logits, data, kept, file, seed, batch_size)
+        results, outcomes = _attack_all(jobs, kept, logits, data, seed, batch_size)
         late = [text for text in (*probe.look_again(), *moved_in_words(put_back()))
                 if text.partition(':')[0] not in {said.partition(':')[0] for said in found}]
     progress.aim(0, 'evaluated')
@@ -244,7 +274,14 @@ def evaluate(
                    + ', '.join(f"{r['attack']} {r['accuracy']:.1f} %" for r in results))
     late += suspicions(results, data.name)
     for text in late: warnings.warn(text, EvaluationWarning, stacklevel=2)
-    return Evaluation(_finished(record, results, [*found, *late]), correct)
+    return Evaluation(_finished(record, results, outcomes, [*found, *late]), outcomes)
+
+# %% ../nbs/09_evaluate.ipynb #b941a77b
+def _folder(name:str)->str:
+    "Of an attack's batches: its name, in characters that every file system takes"
+    plain = re.sub('[^A-Za-z0-9.=-]+', '_', name)[:60]
+    return plain if plain == name else f'{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}'
+
 
 # %% ../nbs/09_evaluate.ipynb #a9bb20e4
 def _image_counts(attacks:Collection[str], num_images:int|Mapping[str, int]|None,
@@ -341,10 +378,11 @@ def _record(network:nn.Module, about:Mapping[str, Any]|None, identity:Mapping[st
     return record
 
 # %% ../nbs/09_evaluate.ipynb #5b08bbcd
-def _finished(record:dict[str, Any], results:list[dict[str, Any]],
+def _finished(record:dict[str, Any], results:list[dict[str, Any]], outcomes:Mapping[str, Tensor],
               said:list[str])->dict[str, Any]:
     "The record with what was measured, checked"
     record.update(results=results, warnings=said,
-                  seconds=round(sum(r['seconds'] for r in results), 1))
+                  seconds=round(sum(r['seconds'] for r in results), 1),
+                  outcomes_sha256=tensors_sha256(outcomes))
     check_record(record)
     return record

@@ -9,6 +9,8 @@ __all__ = ['measure_energies', 'summarise', 'snapshot_file', 'snapshot_indices',
            'check_snapshots']
 
 # %% ../nbs/parts/measure.ipynb #1d7768a3
+import re
+import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,24 @@ from . import __version__
 from .arithmetic import arithmetic
 from .checks import as_path, check_count
 from .config import TrainConfig
-from .data import ImageData, batches
+from .data import ImageData
 from .energy import delta_energy, energy_weight, joint_energy, marginal_energy
 from .frozen import FrozenCopy
 from .guards import device_of, eval_mode, kept_rng
+from .kept_batches import KeptBatches, batch_of, fitting, hold_batches, measured_by
 from .pgd import pgd, starting_point
 from .runs import Progress
-from .tensors import load_tensors, save_tensors
+from .tensors import load_tensors, save_tensors, tensors_sha256
+
+# %% ../nbs/parts/measure.ipynb #e2209970
+def _natural_and_attacked(model:nn.Module, x:Tensor, x_adv:Tensor, y:Tensor)->dict[str, Tensor]:
+    "What `measure_energies` says of a batch"
+    logits, logits_adv = model(x).float(), model(x_adv).float()
+    return dict(correct_nat=(logits.argmax(1) == y).float(),
+                correct_adv=(logits_adv.argmax(1) == y).float(),
+                energy_nat=marginal_energy(logits), energy_adv=marginal_energy(logits_adv),
+                joint_nat=joint_energy(logits, y), joint_adv=joint_energy(logits_adv, y),
+                delta=delta_energy(logits, logits_adv))
 
 # %% ../nbs/parts/measure.ipynb #2c64f890
 @torch.no_grad()
@@ -42,42 +55,40 @@ def measure_energies(
     progress:Progress|None = None, # steps once a batch
     precision:str = 'float32', # on CUDA: float32, or tf32
     check:Callable[[], object]|None = None, # called before each step of the attack; may raise
+    folder:str|Path|None = None, # where finished batches are kept, to resume from; None: nowhere
     # (N,) each, on the CPU: correct_nat, correct_adv, energy_nat, energy_adv, joint_nat,
     # joint_adv, delta
 )->dict[str, Tensor]:
     "Correctness and energies of natural images and of their PGD versions"
-    device, found, part = device_of(model), [], batch_size
-    generator, frozen = torch.Generator(device).manual_seed(seed), FrozenCopy(model)
+    batch_size = piece = check_count('batch_size', batch_size)
+    device, frozen = device_of(model), FrozenCopy(model)
+    generator = torch.Generator(device).manual_seed(seed)
+    ball:dict[str, Any] = dict(eps=eps, step_size=step_size, steps=steps)
 
     def attacked(x:Tensor)->Tensor:
         if check: check()
         return frozen(x)
 
-    def measure(x:Tensor, y:Tensor, start:Tensor)->dict[str, Tensor]:
-        x_adv = pgd(attacked if check else frozen, x, y, eps=eps, step_size=step_size,
-                    steps=steps, start=start)
-        logits, logits_adv = model(x).float(), model(x_adv).float()
-        return dict(correct_nat=(logits.argmax(1) == y).float(),
-                    correct_adv=(logits_adv.argmax(1) == y).float(),
-                    energy_nat=marginal_energy(logits), energy_adv=marginal_energy(logits_adv),
-                    joint_nat=joint_energy(logits, y), joint_adv=joint_energy(logits_adv, y),
-                    delta=delta_energy(logits, logits_adv))
-    with eval_mode(model), arithmetic(precision), kept_rng():
-        torch.manual_seed(seed) # of a network that draws in evaluation mode
-        for x, y in batches(data.to(device), batch_size):
-            start, measured = starting_point(x, eps, generator=generator), None
-            while measured is None:
-                try:
-                    measured = [measure(*few)
-                                for few in zip(x.split(part), y.split(part), start.split(part))]
-                except torch.OutOfMemoryError as e:
-                    if part == 1:
-                        raise MemoryError(f'one image does not fit into the memory of {device}: '
-                                          'is another program using it?') from e
-                    part = -(-min(part, len(x))//2)
-            found += measured
-            if progress: progress.step()
-    return {k: torch.cat([f[k] for f in found]).cpu() for k in found[0]}
+    def measure(indices:Tensor, x:Tensor, y:Tensor)->dict[str, Tensor]:
+        torch.manual_seed(seed + int(indices[0])) # of a network that draws in evaluation mode
+        start = starting_point(x, eps, generator=generator)
+        def in_pieces(size:int)->list[dict[str, Tensor]]:
+            nonlocal piece
+            piece = size
+            return [_natural_and_attacked(model, few, pgd(attacked if check else frozen, few, of,
+                                                          start=begin, **ball), of)
+                    for few, of, begin in zip(*(t.split(size) for t in (x, y, start)))]
+        found = fitting(in_pieces, piece, most=len(x), device=device)
+        return {k: torch.cat([f[k] for f in found]) for k in found[0]}
+
+    settings = dict(ball, seed=seed, batch_size=batch_size, precision=precision)
+    if folder is not None: settings |= measured_by(model)
+    with eval_mode(model), arithmetic(precision), kept_rng(), hold_batches(folder):
+        kept = KeptBatches(folder, settings, generator=generator,
+                           done=None if progress is None else lambda n, kept: progress.step())
+        images = torch.arange(len(data), device='cpu'), batch_of(data, device)
+        return kept.run(lambda: kept.joined(*images, measure), usual=batch_size, most=len(data),
+                        device=device, batch_size=batch_size)
 
 # %% ../nbs/parts/measure.ipynb #cc6dbd08
 def summarise(
@@ -128,6 +139,13 @@ def snapshot_epochs(
                          f'they go from 0 (before training) to {epochs}')
     return snapshots
 
+# %% ../nbs/parts/measure.ipynb #4a82d1f6
+def _drop_batches(run:Path, wanted:Callable[[int], bool])->None:
+    "Batches of the snapshots of other epochs"
+    for folder in (run/'snapshots').glob('.epoch_*-*'):
+        epoch = re.fullmatch(r'.epoch_(\d+)-\w{16}', folder.name)
+        if epoch and not wanted(int(epoch[1])): shutil.rmtree(folder)
+
 # %% ../nbs/parts/measure.ipynb #870d7060
 def take_snapshot(
     run:Path, # the run folder
@@ -139,12 +157,15 @@ def take_snapshot(
     check:Callable[[], object]|None = None, # called before each step of the attack; may raise
 )->None:
     "Keep the energies of the chosen training images"
-    images = train[chosen]
-    measured = measure_energies(model, images, **config.selection_attack(),
-                                precision=config.selection_precision(), check=check)
-    save_tensors(snapshot_file(run, epoch),
-                 {**measured, 'labels': images.labels, 'indices': chosen},
+    images, file = train[chosen], snapshot_file(run, epoch)
+    how = {**config.selection_attack(), 'precision': config.selection_precision()}
+    # of these very weights and images: after a stop the training may have come here by another way
+    which = tensors_sha256(dict(indices=chosen), {**how, **measured_by(model)})[:16]
+    measured = measure_energies(model, images, **how, check=check,
+                                folder=file.with_name(f'.{file.stem}-{which}'))
+    save_tensors(file, {**measured, 'labels': images.labels, 'indices': chosen},
                  dict(epoch=epoch, config=config.identity(), version=__version__))
+    _drop_batches(run, lambda other: other != epoch)
 
 # %% ../nbs/parts/measure.ipynb #189dedd4
 def check_snapshots(
@@ -154,6 +175,8 @@ def check_snapshots(
     done:int, # epochs so far
 )->None:
     "Refuse snapshots that can no longer be taken, and others than those there are"
+    # of a call that was stopped, and asked for others or had just written one
+    _drop_batches(run, lambda e: e in epochs and not snapshot_file(run, e).exists())
     for epoch in sorted(epochs):
         file = snapshot_file(run, epoch)
         if file.exists():

@@ -6,7 +6,7 @@ Docs: https://weat-nb.github.io/weat_nb/parts/records.html.md"""
 
 # %% auto #0
 __all__ = ['PUBLISHED_RECORDS', 'AUTOATTACK', 'RECORD_FORMAT', 'RECORD_SHAPE', 'TRAINING_SHAPE', 'RESULT_SHAPE', 'ATTACK_SHAPES',
-           'suspicions', 'standard_error', 'record_rows', 'any_distance', 'check_record', 'read_record', 'check_state']
+           'suspicions', 'standard_error', 'record_rows', 'any_distance', 'check_record', 'read_record']
 
 # %% ../nbs/parts/records.ipynb #daf88ed8
 import math
@@ -96,7 +96,7 @@ RECORD_SHAPE:dict[str, Any] = {
     'data': {'dataset': TEXT, 'split': TEXT, 'images_sha256': SHA256},
     'seed': _ANY_COUNT, 'warnings': list_of(TEXT), 'device': TEXT, 'hardware': TEXT,
     'versions': {'weat_nb': TEXT, 'python': TEXT, 'torch': TEXT}, 'seconds': _SECONDS,
-    'results': _ATTACKS,
+    'results': _ATTACKS, 'outcomes_sha256?': SHA256,
 }
 # of `model.training`, what the tables read
 TRAINING_SHAPE:dict[str, Any] = {f'{key}?': or_null(field) for key, field in dict(
@@ -232,52 +232,3 @@ def read_record(
     record = read_json(path, todo)
     check_record(record, f'{path}:', f'; {todo}')
     return record
-
-# %% ../nbs/parts/records.ipynb #798da208
-# of the file that an evaluation resumes from; a batch of the attack i, and of each kind
-_ENTRY_SHAPE:dict[str, Any] = {'settings': {'num_images': _COUNT}, 'batch_size': or_null(_COUNT),
-                               'batches': OBJECT}
-_BATCH_SHAPES:dict[str, dict[str, Any]] = {
-    kind: {'broken': list_of(_ANY_COUNT), 'seconds': _SECONDS, **more} for kind, more in dict(
-        clean={'zero_gradients': _ANY_COUNT}, pgd={}, cw={}, row={},
-        autoattack={'notes?': list_of(TEXT)}).items()}
-
-# %% ../nbs/parts/records.ipynb #96207010
-def _check_batch(batch:Mapping[str, Any], n:int, size:int, at:str, hint:str)->None:
-    "Do the numbers of a batch agree with one another, and with the number of images?"
-    broken, most = batch['broken'], min(n, size)
-    if len(set(broken)) != len(broken) or len(broken) > most or max(broken, default=0) >= n:
-        refuse(f'{at}.broken', broken, f'at most {most} different numbers below {n}', hint)
-    if batch.get('zero_gradients', 0) > most - len(broken):
-        refuse(f'{at}.zero_gradients', batch['zero_gradients'],
-               f'at most {most - len(broken)}, the images classified correctly', hint)
-    if 'distances' in batch and not len(broken) <= len(batch['distances']) <= most:
-        refuse(f'{at}.distances', batch['distances'],
-               f'{len(broken)} to {most} distances, one for each success', hint)
-
-# %% ../nbs/parts/records.ipynb #a27a8f7e
-def check_state(
-    state:Any, # of an evaluation that was stopped
-    name:str, # its file and a colon
-    hint:str, # what to do about a wrong one
-)->None:
-    "Keys, types and ranges of what has been found so far; else a `ValueError`"
-    check_fields(state, {'format': RECORD_SHAPE['format'], 'identity': OBJECT,
-                         'attacks': OBJECT}, name, hint)
-    for attack, entry in state['attacks'].items():
-        check_fields(dict(attack=attack), {'attack': RESULT_SHAPE['attack']}, name, hint)
-        at, kind = key_at(name, f'attacks.{attack}'), _kind(attack)
-        check_fields(entry, _ENTRY_SHAPE, at, hint)
-        parts = (*AUTOATTACK,) if kind == 'autoattack' else (kind,)
-        n, size = entry['settings']['num_images'], entry['batch_size']
-        count = -(-n//size) if size else 0 # batches of a part
-        nearest = any_distance(attack, entry['settings'])
-        for key, batch in entry['batches'].items():
-            part, _, k = key.partition('/')
-            if part not in parts or not re.fullmatch(r'0|[1-9]\d{0,15}', k) or int(k) >= count:
-                refuse(key_at(at, 'batches'), key,
-                       f'one of {", ".join(parts)}, a slash and a number below {count}', hint)
-            shape = {**_BATCH_SHAPES[kind],
-                     **({'distances': list_of(number(0))} if nearest else {})}
-            check_fields(batch, shape, f'{at}.batches.{key}', hint)
-            _check_batch(batch, n, size, f'{at}.batches.{key}', hint)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig, usual_identity
-from .runs import STOPPED, differences, open_run, read_json
+from .runs import STOPPED, differences, open_run, read_json, write_text
 from .state import STATE, mend_state, read_state
 
 # %% ../nbs/parts/run_folder.ipynb #a3183ee2
@@ -35,7 +35,7 @@ def _chosen(config:TrainConfig, run:Path)->tuple[TrainConfig, dict[str, Any]]:
 # %% ../nbs/parts/run_folder.ipynb #dfd3a61a
 def _has_begun(run:Path)->bool:
     "Is there anything of a run but its config?"
-    names = ('state*.safetensors', 'metrics.jsonl', 'snapshots')
+    names = ('state*.safetensors', 'metrics.jsonl', 'snapshots/epoch_*')
     return any(found for name in names for found in run.glob(name))
 
 # %% ../nbs/parts/run_folder.ipynb #e7d28cd5
@@ -48,9 +48,12 @@ def take_up(
     "Make the run folder, or take it up if it holds the same run"
     if not main: return config, len(read_state(run)[1]) if (run/STATE).exists() else 0
     config, identity = _chosen(config, run)
-    # a folder without a state holds no run yet
-    if resume and not _has_begun(run):
-        for name in ('config.json', 'timing.jsonl'): (run/name).unlink(missing_ok=True)
+    # a folder without a state holds no run yet, at most batches of a snapshot that was stopped
+    ours = {'config.json', 'timing.jsonl', 'snapshots', '.lock'}
+    if resume and not _has_begun(run) and run.exists() and ours >= {
+            p.name for p in run.iterdir() if p.suffix != '.part'}:
+        (run/'timing.jsonl').unlink(missing_ok=True)
+        write_text(run/'config.json', json.dumps(identity, indent=1) + '\n')
     open_run(run, identity, resume, usual_identity())
     return config, mend_state(run)
 

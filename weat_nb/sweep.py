@@ -31,14 +31,17 @@ def collect_records(
     runs:list[Run], # of a sweep
     folder:Path, # of JSON records
 )->None:
-    "Copy the records of the finished runs, under the runs' names"
+    "Copy the records of the finished runs, with the outcomes beside them, under the runs' names"
+    from weat_nb.outcomes import read_outcomes, save_record
     from weat_nb.records import read_record
     for run in filter(finished, runs):
         for file in run.folder.glob('*/record.json'):
             record = read_record(file)
             # all checkpoints of a sweep have the same name
             record['model']['name'] = run.folder.name
-            write_text(folder/f'{run.folder.name}.json', json.dumps(record, indent=1) + '\n')
+            path = folder/f'{run.folder.name}.json'
+            if 'outcomes_sha256' in record: save_record(path, record, read_outcomes(file))
+            else: write_text(path, json.dumps(record, indent=1) + '\n') # an earlier version's
 
 # %% ../nbs/parts/sweep.ipynb #b834cec4
 def rebuild_page(
