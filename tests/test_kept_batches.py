@@ -219,13 +219,13 @@ def test_a_run_stopped_in_its_first_snapshot(tmp_path, monkeypatch):
     "Holds no run yet: other parameters are taken, and nothing of it is left"
     config = TrainConfig(num_train=20, num_val=4, epochs=1, attack_steps=1, device='cpu',
                          batch_size=8)
-    real = measure.KeptBatches._measured
+    real = KeptBatches._measured
     def stop(self, file, *args):
         if file is not None and file.stem.startswith('00008'): raise KeyboardInterrupt
         return real(self, file, *args)
     monkeypatch.setattr(measure, 'measure_energies', partial(measure_energies, batch_size=8))
     with monkeypatch.context() as patch:
-        patch.setattr(measure.KeptBatches, '_measured', stop)
+        patch.setattr(KeptBatches, '_measured', stop)
         with pytest.raises(KeyboardInterrupt): fit(config, tmp_path/'run', snapshots=[0, 1])
     assert len(list((tmp_path/'run/snapshots').glob('.epoch_000-*/*.safetensors'))) == 1
     fit(replace(config, seed=1), tmp_path/'run', snapshots=[0, 1], snapshot_images=12)

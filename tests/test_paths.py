@@ -119,6 +119,11 @@ def test_home_wherever_a_path_is_taken(home, one_thread):
             kept_batches.hold_batches('~/h').__enter__() is None, there('h/.lock')),
         'kept_batches.KeptBatches.folder': lambda: (
             kept_batches.KeptBatches('~/h', {}).folder == home/'h',),
+        'kept_batches.measure_batches.folder': lambda: (
+            kept_batches.measure_batches(
+                lambda few, x: dict(y=x), lambda few: dict(x=few.float()), 3, model=model,
+                settings={}, folder='~/ke', usual=3, device='cpu'),
+            there('ke/00000-003.safetensors')),
         'landscapes.attack_energies.folder': lambda: (
             landscapes.attack_energies(model, images, 'pgd', eps=.1, steps=1, folder='~/ka'),
             there('ka/00000-040.safetensors')),

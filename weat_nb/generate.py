@@ -26,7 +26,7 @@ from .energy import joint_energy
 from .frozen import FrozenCopy
 from .guards import defaults, device_of
 from .image_quality import to_pixels
-from .kept_batches import KeptBatches, hold_batches, measured_by
+from .kept_batches import measure_batches
 from .runs import Progress
 from .step import StepConfig
 from .tensors import tensors_sha256
@@ -157,15 +157,13 @@ def sgld(
         return _descend(frozen, x, y, level, generator, progress=progress, **own)
 
     drawn, settings = generator if own['noise_std'] else None, {**own, **asdict(config)}
-    if folder is not None: settings |= dict(measured_by(model), generator=(
-        drawn and tensors_sha256(dict(state=drawn.get_state()))))
+    if folder is not None:
+        settings['generator'] = drawn and tensors_sha256(dict(state=drawn.get_state()))
     def done(n:int, kept:bool)->None:
         if kept and progress is not None: progress.step(by=own['steps'])
-    with hold_batches(folder):
-        kept = KeptBatches(folder, settings, generator=drawn, done=done)
-        found = kept.run(
-            lambda: kept.joined(torch.arange(len(x0), device='cpu'), inputs, descend),
-            usual=500, most=len(x0), device=x0.device, batch_size=batch_size)
+    found = measure_batches(
+        descend, inputs, len(x0), model=model, settings=settings, folder=folder, usual=500,
+        device=x0.device, batch_size=batch_size, generator=drawn, done=done)
     return _samples(found, x0.device)
 
 # %% ../nbs/08_generate.ipynb #8a10d2da

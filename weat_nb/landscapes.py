@@ -25,7 +25,7 @@ from .data import ImageData
 from .energy import joint_energy, marginal_energy
 from .frozen import FrozenCopy
 from .guards import device_of
-from .kept_batches import KeptBatches, batch_of, hold_batches, measured_by
+from .kept_batches import batch_of, measure_batches
 from .pgd import ascent_loss, check_values, pgd_loop, starting_point
 from .plots import COLOURS, Table, short_name
 from .runs import Progress
@@ -99,17 +99,13 @@ def _measured(model:nn.Module, data:ImageData, measure:Callable[..., dict[str, T
               progress:Progress|None)->dict[str, Tensor]: # (N, ...) each, on the CPU
     "Measure all images in batches that are kept; a batch has a seed of its own"
     if batch_size is not None: batch_size = check_count('batch_size', batch_size)
-    device, settings = device_of(model), dict(settings, seed=seed)
-    if folder is not None: settings |= measured_by(model)
-    seeded = lambda indices, x, y: measure(x, y, seed + int(indices[0]))
-    with hold_batches(folder), exact_float32():
-        kept = KeptBatches(folder, settings, done=(
-            None if progress is None else lambda n, kept: progress.step(by=n)))
-        return kept.run(
-            lambda: kept.joined(torch.arange(len(data), device='cpu'), batch_of(data, device),
-                                seeded),
-            usual=500 if device.type == 'cuda' else 50, most=len(data), device=device,
-            batch_size=batch_size)
+    device = device_of(model)
+    with exact_float32():
+        return measure_batches(
+            lambda indices, x, y: measure(x, y, seed + int(indices[0])), batch_of(data, device),
+            len(data), model=model, settings=dict(settings, seed=seed), folder=folder,
+            usual=500 if device.type == 'cuda' else 50, device=device, batch_size=batch_size,
+            done=None if progress is None else lambda n, kept: progress.step(by=n))
 
 # %% ../nbs/06_landscapes.ipynb #382194a8
 def attack_energies(

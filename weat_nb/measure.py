@@ -26,7 +26,7 @@ from .data import ImageData
 from .energy import delta_energy, energy_weight, joint_energy, marginal_energy
 from .frozen import FrozenCopy
 from .guards import device_of, eval_mode, kept_rng
-from .kept_batches import KeptBatches, batch_of, fitting, hold_batches, measured_by
+from .kept_batches import batch_of, fitting, measure_batches, measured_by
 from .pgd import pgd, starting_point
 from .runs import Progress
 from .tensors import load_tensors, save_tensors, tensors_sha256
@@ -81,14 +81,12 @@ def measure_energies(
         found = fitting(in_pieces, piece, most=len(x), device=device)
         return {k: torch.cat([f[k] for f in found]) for k in found[0]}
 
-    settings = dict(ball, seed=seed, batch_size=batch_size, precision=precision)
-    if folder is not None: settings |= measured_by(model)
-    with eval_mode(model), arithmetic(precision), kept_rng(), hold_batches(folder):
-        kept = KeptBatches(folder, settings, generator=generator,
-                           done=None if progress is None else lambda n, kept: progress.step())
-        images = torch.arange(len(data), device='cpu'), batch_of(data, device)
-        return kept.run(lambda: kept.joined(*images, measure), usual=batch_size, most=len(data),
-                        device=device, batch_size=batch_size)
+    with eval_mode(model), arithmetic(precision), kept_rng():
+        return measure_batches(
+            measure, batch_of(data, device), len(data), model=model, folder=folder,
+            settings=dict(ball, seed=seed, batch_size=batch_size, precision=precision),
+            usual=batch_size, device=device, batch_size=batch_size, generator=generator,
+            done=None if progress is None else lambda n, kept: progress.step())
 
 # %% ../nbs/parts/measure.ipynb #cc6dbd08
 def summarise(

@@ -1,4 +1,4 @@
-"""The outcome of each image under each attack, in a file beside the record, from which every accuracy is derived.
+"""The outcome of each image under each attack, from which every accuracy of a record is derived.
 
 Docs: https://weat-nb.github.io/weat_nb/parts/outcomes.html.md"""
 
