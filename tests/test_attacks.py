@@ -280,13 +280,13 @@ def test_imports_parts_only():
     tree = ast.parse(inspect.getsource(attacks))
     imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level}
     assert imported == {"attack_names", "attack_rows", "autoattack", "carlini_wagner", "checks",
-                        "guards", "own", "pgd"}
+                        "guards", "own", "pgd", "smoothed_relu"}
 
 # The registry. Few steps and small prices: a fraction of a second for every attack on this network.
 
 QUICK = dict(square=dict(steps=40)) | {name: dict(steps=5) for name in ATTACKS if name != "square"}
 QUICK["cw-l2"] = dict(steps=20, binary_search_steps=3, initial_const=1.)
-RANDOM = ("pgd", "trades", "pgd-t", "pgd-dlr", "apgd", "apgd-dlr", "apgd-t", "square")
+RANDOM = ("pgd", "trades", "pgd-t", "pgd-dlr", "apgd", "apgd-dlr", "apgd-t", "square", "smooth")
 STEADY = ("fab", "fab-t", "cw-linf", "cw-l2")
 EPS = .1
 every = pytest.mark.parametrize("name", ATTACKS)

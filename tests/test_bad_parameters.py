@@ -16,7 +16,7 @@ root = Path(__file__).parent.parent
 PARAMETERS = '6 parameters' # of the table of faults
 NOTEBOOKS = [root/'nbs'/f'{name}.ipynb' for name in (
     '04_train_weat', '05_dynamics', '06_landscapes', '07_subsets', '08_generate', '09_evaluate',
-    '10_speed', '11_single_step', '12_scaling', 'results/index')]
+    '10_speed', '11_single_step', '12_scaling', '13_ground_truth', 'results/index')]
 DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
 
 
@@ -260,6 +260,16 @@ RUBBISH = { # what is of the right type, and makes no sense
         (dict(batch_size=9999), 'batch_size = 9999 is not.*fashion_mini has 8000 training images'),
         (dict(batch_sizes='99999,'),
          "batch_sizes = '99999' is not.*fashion_mini has 8000 training images")],
+    '13_ground_truth': [
+        (dict(models='cifar10-adv-resnet2'), "models = 'cifar10-adv-resnet2' is not allowed.*"
+         "did you mean 'cifar10-adv-resnet2b'"),
+        (dict(models=','), "models = ',' is not allowed"),
+        (dict(attacks='smooth(restart=1)'), "option = 'restart' .* did you mean 'restarts'"),
+        (dict(attacks='smooth(high=-1)'), "high = -1.0 is not allowed.*at least 0"),
+        (dict(attacks='autoattack'), "attack = 'autoattack' is not allowed"),
+        (dict(bracket='clean'), "bracket = 'clean' is not allowed"),
+        (dict(num_queries='every'), "num_queries = .every. is not allowed.*, or 'all'"),
+        (dict(num_images=10_001), 'num_images = 10001 is not allowed.*10000 test images')],
     'index': [
         (dict(records='not/there'), "records = 'not/there' is not allowed.*a folder that is there"),
         (dict(records='file.txt'), "records = 'file.txt' is not allowed")],

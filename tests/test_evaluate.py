@@ -1309,8 +1309,8 @@ def test_a_damaged_batch_is_refused_by_its_file(tmp_path, survived):
 # Outcomes of images
 
 def test_every_published_number_is_derived_again_from_its_images():
-    folder, derived = results.parent/'records', 0
-    for path in folder.glob('*.json'):
+    folders, derived = (results.parent/'records', results.parent/'attacks'), 0
+    for path in (p for folder in folders for p in folder.glob('*.json')):
         outcomes, record = read_outcomes(path), read_record(path)
         assert set(outcomes) == {name for r in record['results']
                                  for name in empty_outcomes(r['attack'], r, 1)}
@@ -1319,8 +1319,9 @@ def test_every_published_number_is_derived_again_from_its_images():
                 assert r[key] == value
                 derived += 1
     assert derived > 100
-    assert {p.name.removesuffix('.outcomes.safetensors') for p in folder.glob('*.safetensors')} == {
-        p.stem for p in folder.glob('*.json')}
+    for folder in folders:
+        assert {p.name.removesuffix('.outcomes.safetensors')
+                for p in folder.glob('*.safetensors')} == {p.stem for p in folder.glob('*.json')}
 
 
 def test_outcomes_are_those_of_the_attacks(short):

@@ -36,9 +36,9 @@ def assert_near(a, b):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_shapes_for_every_size_and_channel_count(arch):
     for channels, classes in ((1, 100), (3, 200)):
-        # no values there, so that nothing may read any
-        model = create_model(arch, classes, channels, seed=0).to("meta")
         for size in (28, 32, 64):
+            if size == 28 or ARCHS[arch].sized: # no values there, so that nothing may read any
+                model = create_model(arch, classes, channels, size, seed=0).to("meta")
             assert model(torch.empty(5, channels, size, size, device="meta")).shape == (5, classes)
 
 

@@ -46,8 +46,8 @@ notebooks = [p for p in sorted((root/'nbs').rglob('*.ipynb')) if parameters_cell
 
 
 def test_experiments_have_parameters():
-    chapters = {p.name for p in (root/'nbs').glob('*.ipynb') if '04' <= p.name[:2] <= '12'}
-    assert {p.name for p in notebooks} == chapters | {'index.ipynb'} and len(chapters) == 9
+    chapters = {p.name for p in (root/'nbs').glob('*.ipynb') if '04' <= p.name[:2] <= '13'}
+    assert {p.name for p in notebooks} == chapters | {'index.ipynb'} and len(chapters) == 10
 
 
 @pytest.mark.parametrize('notebook', notebooks, ids=lambda p: p.stem)
@@ -163,6 +163,8 @@ def test_every_form_is_the_plain_value(notebook):
      dict(objectives='sat, der_single_step', seeds=1)),
     ('12_scaling', dict(batch_sizes=[8, 16], steps=1, widths=[1, 2], processes=[1]),
      dict(batch_sizes='8, 16', steps='1', widths='1, 2', processes='1')),
+    ('13_ground_truth', dict(attacks=['pgd-20', 'smooth'], num_queries='3', models=None),
+     dict(attacks='pgd-20, smooth', num_queries=3)),
 ], ids=lambda v: v if isinstance(v, str) else '')
 def test_chapters_take_what_papermill_gives(notebook, written, plainly, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from PIL import Image
 
 import weat_nb
 from weat_nb import (check, checkpoints, class_pca, data, dynamics, evaluate, fetch, generate, grid,
-                     kept_batches, landscapes, measure, outcomes, own, own_data, pictures, plots,
-                     pretrained, record_tables, records, runs, sweep_table, tensors, train,
-                     weight_files, weights)
+                     ground_truth, kept_batches, landscapes, measure, outcomes, own, own_data,
+                     pictures, plots, pretrained, record_tables, records, runs, sweep_table,
+                     tensors, train, weight_files, weights)
 from weat_nb.checks import as_path
 from weat_nb.config import TrainConfig
 from weat_nb.measure import snapshot_file
@@ -68,6 +69,8 @@ class Figure:
 @pytest.mark.slow
 def test_home_wherever_a_path_is_taken(home, one_thread):
     model, pixels = create_model('resnet8', 2, 1, 8, seed=0).eval(), np.zeros((40, 8, 8), np.uint8)
+    def asked(*args, **kwargs):
+        with patch.object(ground_truth, 'check_truth'): return ground_truth.ask(*args, **kwargs)
     torch.save(model.state_dict(), home/'w.pth')
     pixels[1::2] = 200
     pixels += np.arange(40, dtype=np.uint8)[:, None, None]
@@ -124,6 +127,9 @@ def test_home_wherever_a_path_is_taken(home, one_thread):
                 lambda few, x: dict(y=x), lambda few: dict(x=few.float()), 3, model=model,
                 settings={}, folder='~/ke', usual=3, device='cpu'),
             there('ke/00000-003.safetensors')),
+        'ground_truth.ask.folder': lambda: (
+            asked(model, [ground_truth.Query('x', 0, 0, .1, 'open')], 'pgd-1', images,
+                  folder='~/kf'), there('kf/00000-001.safetensors')),
         'landscapes.attack_energies.folder': lambda: (
             landscapes.attack_energies(model, images, 'pgd', eps=.1, steps=1, folder='~/ka'),
             there('ka/00000-040.safetensors')),

@@ -175,7 +175,8 @@ def test_layout_and_inputs_of_energies_and_losses(survived):
 # Attacks. Few steps on tiny images: a fraction of a second for all of them.
 
 STEPS = {name: dict(steps=2) for name in ATTACKS} | {
-    'square': dict(steps=6), 'cw-l2': dict(steps=5, binary_search_steps=2, initial_const=1.)}
+    'square': dict(steps=6), 'cw-l2': dict(steps=5, binary_search_steps=2, initial_const=1.),
+    'smooth': dict(steps=2, high=0)} # the networks here have no ReLU
 SLOW_WITH_CLASSES = {'fab'} # a gradient for each class
 
 

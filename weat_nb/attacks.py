@@ -1,4 +1,4 @@
-"""The inner maximisation of training, projected gradient descent on CE, KL or DLR, and the twelve attacks of a test.
+"""The inner maximisation of training, projected gradient descent on CE, KL or DLR, and the thirteen attacks of a test.
 
 Docs: https://weat-nb.github.io/weat_nb/attacks.html.md"""
 
@@ -24,6 +24,7 @@ from .checks import (check_count, check_images, check_labels, check_name, refuse
 from .guards import eval_mode, logits_of, warn_if_masked
 from .own import is_address, load_own, own_identity
 from .pgd import check_eps, pgd
+from .smoothed_relu import smooth, smooth_passes
 
 _all_ = ["pgd", "Attack"]
 
@@ -108,6 +109,9 @@ ATTACKS:dict[str, Attack] = {a.name: a for a in (
            energy="raises", why=_RAISES, study=dict(initial_const=1., binary_search_steps=1),
            passes=lambda steps, binary_search_steps=9: 2 * steps * binary_search_steps + 1,
            source="Carlini & Wagner, S&P 2017"),
+    Attack("smooth", "z*_t − max z*_k, t after t, the ReLU's derivative smoothed", smooth,
+           label="Smoothed ReLU", steps=100, targeted=True, failed="x", gradient="logits",
+           passes=smooth_passes, source="this project; smoothing: Xie et al. 2020"),
 )}
 
 # %% ../nbs/02_attacks.ipynb #cedc39dd
@@ -221,8 +225,8 @@ def _check_alone(model:Callable[[Tensor], Any], x:Tensor, name:str)->None:
 def _asked(name:str|Attack|NamedAttack, steps:int|None, options:Mapping[str, Any])->NamedAttack:
     "An attack by its name, with arguments beside it that it may take and that the name leaves open"
     named = parse_attack(name)
-    given = {**options, **({} if steps is None else dict(steps=steps))}
-    if twice := given.keys() & {**named.options, **({} if named.steps is None else given)}:
+    given = {*options, *(() if steps is None else ("steps",))}
+    if twice := given & {*named.options, *(() if named.steps is None else ("steps",))}:
         raise TypeError(f"attack {named.written!r} says what is given, too, {', '.join(twice)}: "
                         "leave one of the two")
     for option in options.keys() - set(named.row.options()):

@@ -24,13 +24,17 @@ from .guards import copied, defaults, warn_if_no_logits
 from .networks import (CifarResNet, ImageClassifier, Normalize, PreActResNet18, ResNet18,
                               WideResNet, init_weights)
 from .own import is_address, load_own
+from .verified_networks import PlainResNet, PlainCNN
 
 # %% ../nbs/parts/models.ipynb #19ee90b1
 @dataclass(frozen=True)
 class Arch:
     "One row of ARCHS"
     description: str # for people
-    build: Callable[[int, int], ImageClassifier] # build(num_classes, in_channels)
+    # build(num_classes, in_channels); where `sized`, build(num_classes, in_channels, image_size)
+    build: Callable[..., Any]
+    sized: bool = False # is it made for images of one size?
+
 
 # %% ../nbs/parts/models.ipynb #1a038bd7
 ARCHS: dict[str, Arch] = {
@@ -42,6 +46,16 @@ ARCHS: dict[str, Arch] = {
                       partial(WideResNet, depth=28, widen=10)),
     "wrn_34_10": Arch("WideResNet, three stages of 5, widths 160, 320, 640",
                       partial(WideResNet, depth=34, widen=10)),
+    "resnet2b": Arch("two residual blocks of width 16 without normalisation", partial(
+        PlainResNet, first=8, width=16, stages=1), sized=True),
+    "resnet4b": Arch("four residual blocks of width 32 without normalisation", partial(
+        PlainResNet, first=16, width=32, stages=2), sized=True),
+    "cnn_a": Arch("two convolutions, 16 and 32 filters, and a hidden layer of 100", partial(
+        PlainCNN, width=16, padding=1, hidden=(100,)), sized=True),
+    **{f"marabou_{size}": Arch(f"two convolutions, {w} and {2*w} filters, hidden layers of 128 "
+                               "and 64", partial(PlainCNN, width=w, padding=0, hidden=(128, 64)),
+                               sized=True)
+       for size, w in (("small", 8), ("medium", 16), ("large", 32))},
 }
 
 # %% ../nbs/parts/models.ipynb #05b7c051
@@ -105,6 +119,14 @@ def _timm_network(
     _small_stem(network)
     return network
 
+# %% ../nbs/parts/models.ipynb #b9926bd2
+def _sized_network(
+    arch:str, num_classes:int, in_channels:int, image_size:int|tuple[int, int],
+)->nn.Module:
+    "A network that is made for images of one size"
+    return ARCHS[arch].build(num_classes, in_channels, image_size)
+
+
 # %% ../nbs/parts/models.ipynb #23ecefd4
 def _foreign(
     arch:str, make:Callable[..., Any], num_classes:int, in_channels:int,
@@ -164,6 +186,7 @@ def create_model(
     num_classes:int, # K, at least 2
     in_channels:int = 3, # C: 1 for grey images, 3 for RGB
     # height and width it is meant for, (H, W) where they differ; recorded, as any from 8 up works
+    # but for the networks that are made for one size
     image_size:int|Sequence[int] = 32,
     *,
     # C values subtracted from pixels in [0, 1]; None: no normalisation
@@ -172,12 +195,13 @@ def create_model(
     # draws the weights, the global generator stays as it was; None: from the global one
     seed:int|None = None,
     # distribution of the first weights: "he", or "pytorch" for PyTorch's default; networks that are
-    # not in ARCHS keep the weights that they are made with
+    # not in ARCHS, and those of one image size, keep the weights that they are made with
     init:str = "he",
 )->ImageClassifier: # in training mode, float32, on the CPU
     "A fresh classifier of images in [0, 1]; `create_model(**model.config)` builds one like it"
     check_name("arch", arch, ARCHS, OWN_ARCH)
-    make = _timm_network if arch.startswith("timm:") else None
+    make:Callable[..., Any]|None = _timm_network if arch.startswith("timm:") else None
+    if arch in ARCHS and ARCHS[arch].sized: make = _sized_network
     if is_own_arch(arch): make = load_own(arch, what="arch") # outside: what it imports may draw
     check_name("init", init, ("he", "pytorch"))
     num_classes = check_count("num_classes", num_classes, 2)
@@ -191,7 +215,7 @@ def create_model(
     # Drawn on the CPU whatever the default device, so that a seed means the same weights
     # everywhere. torch.manual_seed would also reseed the GPUs, whose state
     # fork_rng(devices=[]) doesn't put back; the CPU's own generator does not.
-    with (defaults(torch.float32, "cpu"),
+    with (defaults(torch.float32, "cpu"), torch.inference_mode(False), torch.enable_grad(),
           torch.random.fork_rng(devices=[], enabled=seed is not None)):
         if seed is not None:
             torch.default_generator.manual_seed(seed)

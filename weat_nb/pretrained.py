@@ -59,6 +59,20 @@ def _idelbayev(depth:int, sha256:str)->PublicModel:
     return PublicModel(f"resnet{depth}", file, sha256, "Y. Idelbayev 2018, BSD-2-Clause",
                        url=address + file, normalisation=_IMAGENET)
 
+# %% ../nbs/parts/pretrained.ipynb #54171b70
+_CIFAR10 = ((.4914, .4822, .4465), (.2471, .2435, .2616))
+_SDP = ((.4914, .4824, .4467), (.2471, .2435, .2616))
+
+def _verified(
+    arch:str, folder:str, file:str, sha256:str,
+    normalisation:tuple[tuple[float, ...], tuple[float, ...]]|None = None,
+)->PublicModel:
+    address = ("https://github.com/Verified-Intelligence/alpha-beta-CROWN/raw/"
+               "8250d5fbd530c76e5e3243db28b3cad5fbaef740/complete_verifier/models/")
+    return PublicModel(arch, file, sha256, "The α,β-CROWN Team 2021, BSD-3-Clause",
+                       url=f"{address}{folder}/{file}", normalisation=normalisation)
+
+
 # %% ../nbs/parts/pretrained.ipynb #38c2227a
 PUBLIC_MODELS:dict[str, PublicModel] = {
     "cifar10-standard-resnet18": PublicModel(
@@ -73,7 +87,29 @@ PUBLIC_MODELS:dict[str, PublicModel] = {
         44, "014dd6541728a1c700b1642ab640e211dc6eb8ed507d70697458dc8f8a0ae2e4"),
     "cifar10-standard-resnet56": _idelbayev(
         56, "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367"),
+    "cifar10-adv-resnet2b": _verified(
+        "resnet2b", "cifar10_resnet", "resnet2b.pth",
+        "ef824b47175668e924d7fd409b5ef7e239012b8f0c31fefa66c643efda1eb05b", _CIFAR10),
+    "cifar10-adv-resnet4b": _verified(
+        "resnet4b", "cifar10_resnet", "resnet4b.pth",
+        "6158f9668935890e832d4e0fdc3b6cece2386ec826319eac36f329490b7729e7", _CIFAR10),
+    "cifar10-adv-cnn_a": _verified(
+        "cnn_a", "sdp", "cifar_cnn_a_adv.model",
+        "e45d79e68342395f4ada6f89852ae41feba14b430a3b2462a04d7f5e02c65657", _SDP),
+    "cifar10-adv_alt-cnn_a": _verified(
+        "cnn_a", "sdp", "cifar_cnn_a_adv_alt.model",
+        "6540c5a9d9d0856a2870e5be19d7f2322a966cb30b5141f4116beb70dda59e46", _SDP),
+    "cifar10-mix-cnn_a": _verified(
+        "cnn_a", "sdp", "cifar_cnn_a_mix.model",
+        "5a1370f41961766db169ad9f945e9cc3157c9afd7986eac73bf2786c35dc3773", _SDP),
+    **{f"cifar10-standard-marabou_{size}": _verified(
+        f"marabou_{size}", "marabou_cifar10", f"cifar_marabou_{size}.pth", sha256)
+       for size, sha256 in (
+           ("small", "29771132fd93c72d39d6a07f7d9a24933334fc9448dc23dc0dce38682050902f"),
+           ("medium", "a86f85b6d0204fc4b0fba49fbccbcddeb2cda79d8feec6e714d08c6a882b938d"),
+           ("large", "ebc062429d071e7199c4cff81df158cd99c910ec3475347cf5007ceb0a9d593f"))},
 }
+
 
 # %% ../nbs/parts/pretrained.ipynb #1e7ba04f
 def _public_file(row:PublicModel, root:str|os.PathLike|None)->Path:
