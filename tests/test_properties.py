@@ -294,7 +294,7 @@ def test_layout_of_images(survived):
                 assert torch.equal(given_x, kept), name
     survived(NUMBERS, 'images that are channels_last, strided or expanded',
              ran*len(ATTACKS)*(len(LAYOUTS) + 1),
-             'the attacked images are those of a contiguous batch, the input unchanged')
+             'the adversarial examples are those of a contiguous batch, the input unchanged')
 
 
 def test_types_of_the_model(survived):

@@ -30,7 +30,8 @@ from .attacks import parse_attack, parse_attacks
 from .checks import as_float32, as_path, check_count, check_path, in_words, refuse
 from .config import from_protocol
 from .data import ImageData, to_float
-from .guards import GradientMaskingWarning, defaults, device_of, eval_mode, unwrap
+from .guards import (GradientMaskingWarning, defaults, device_of, eval_mode, passes_of,
+                            unwrap)
 from .hardware import hardware, software
 from .kept_batches import KeptBatches, batch_of, hold_batches, measured_by
 from .outcomes import empty_outcomes, outcome_numbers, save_record
@@ -122,7 +123,7 @@ class _Counted:
         self.finite = torch.ones((), dtype=torch.bool, device=device)
 
     def __call__(self, x:Tensor)->Tensor:
-        self.progress.step(by=len(x)*(1 + (torch.is_grad_enabled() and x.requires_grad)))
+        self.progress.step(by=passes_of(x))
         with defaults(*self.callers): out = as_float32(self.network(x))
         self.finite.logical_and_(out.detach().isfinite().all())
         return out

@@ -24,7 +24,7 @@ from .attack_rows import Attack, NamedAttack
 from .attacks import attack, parse_attack
 from .checks import check_count, check_name, check_number, refuse
 from .data import ImageData, to_float
-from .guards import copied, device_of, dtype_of, eval_mode
+from .guards import copied, device_of, dtype_of, eval_mode, passes_of
 from .kept_batches import measure_batches
 from .pgd import check_eps
 from .runs import read_json
@@ -157,7 +157,7 @@ class _Counted(nn.Module):
         self.network, self.passes = network, 0
 
     def forward(self, x:Tensor)->Tensor:
-        self.passes += len(x)*(1 + (torch.is_grad_enabled() and x.requires_grad))
+        self.passes += passes_of(x)
         return self.network(x)
 
 # %% ../nbs/13_ground_truth.ipynb #53be0052
