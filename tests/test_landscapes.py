@@ -1,16 +1,19 @@
 """What guards weat_nb.landscapes and weat_nb.claims beyond their pages: brute-force counts, attacks
 called directly, kept batches, verdicts that can fail."""
+import io
+
 import matplotlib
 import pytest
 import torch
 
 from weat_nb.attacks import attack
-from weat_nb.claims import attack_claims, auroc, overlap, robustness_claim, steps_claims, valley
+from weat_nb.claims import (attack_claims, auroc, directions, overlap, robustness_claim,
+                            steps_claims, valley)
 from weat_nb.data import batches, load_dataset
 from weat_nb.energy import delta_energy
 from weat_nb.frozen import FrozenCopy
 from weat_nb.landscapes import (_apart, attack_energies, attack_table, between, energy_record,
-                                fixed_steps, plot_attack_histograms, plot_steps,
+                                fixed_steps, plot_attack_histograms, plot_directions, plot_steps,
                                 plot_violins, shift, steps_energies, tidy_energies)
 from weat_nb.models import create_model
 from weat_nb.plots import axes, short_name
@@ -230,6 +233,9 @@ def test_claims_of_attacks_that_were_not_run_are_not_made():
 def test_a_robust_network_is_not_what_the_claims_are_about():
     assert attack_claims({'pgd': record(correct=.3), 'fab': record(correct=.2)}) == []
     assert attack_claims({'pgd': record(correct=.3), 'fab': record(correct=.05)})
+    # without a radius every network is defeated
+    assert attack_claims({'pgd': record(correct=.3), 'cw-l2': record()}) == []
+    assert attack_claims({'cw-l2': record()})
 
 
 def test_no_effect_is_inconclusive():
@@ -296,6 +302,12 @@ def test_robustness_claim():
         {name: model(.1*i, 1. + i) for i, name in enumerate('abcde', 1)})] == ['not supported']*2
     assert [r['verdict'] for r in robustness_claim(
         {name: falling[name] for name in 'ab'})] == ['not tested at scale']*2
+    # the changes fall with the scale of the logits, and not in units of it
+    units = {name: {**m, **{f'{k}_nat': (6. - i)**2*torch.randn(400, generator=gen)
+                            for k in ('energy', 'joint')}}
+             for i, (name, m) in enumerate(falling.items(), 1)}
+    assert [r['verdict'] for r in robustness_claim(units)] == ['supported']*2
+    assert [r['verdict'] for r in robustness_claim(units, scaled=True)] == ['not supported']*2
 
 
 def test_histograms_say_what_is_left():
@@ -319,6 +331,59 @@ def test_steps_and_violins():
     plot_violins({'d-b': record(correct=.5), 'd-a': record(correct=.1), 'd-c': record(correct=.9)},
                  'energy', ax=ax)
     assert [t.get_text() for t in ax.get_xticklabels()] == ['a\n10.0 %', 'b\n50.0 %', 'c\n90.0 %']
+
+
+def test_many_networks_fit_into_the_figures():
+    "The legend of many lines goes below and has the accuracies; long names break"
+    ax = axes()[1][0]
+    many = {f'net{i}': {**study(0., -1., -2.), 'correct': torch.tensor([[1., 1], [1, 0], [0, 0]])}
+            for i in range(7)}
+    plot_steps(many, (0, 1, 20), 'energy', ax=ax)
+    assert not ax.texts and ax.get_legend().get_texts()[6].get_text() == 'net6, 100 → 0 %'
+    names = ('cifar10-standard-marabou_small', 'cifar10-adv_alt-cnn_a',
+             'fashion_mini-weat_adv-resnet8')
+    ax = axes()[1][0]
+    plot_violins({name: record(correct=.25*i) for i, name in enumerate(names)}, 'energy', ax=ax)
+    assert [t.get_text() for t in ax.get_xticklabels()] == [
+        'standard\nmarabou\nsmall\n0.0 %', 'adv_alt\ncnn_a\n25.0 %', 'weat_adv\nresnet8\n50.0 %']
+
+
+def test_scaled_violins_do_not_see_the_scale_of_the_logits():
+    small = record(move=-3, correct=.5)
+    large = {k: v if k.startswith('correct') else 7*v for k, v in small.items()}
+    def heights(scaled):
+        ax = axes()[1][0]
+        plot_violins({'d-a': small, 'd-b': large}, 'energy', ax=ax, scaled=scaled)
+        return [body.get_paths()[0].vertices[:, 1].max() for body in ax.collections[:2]]
+    a, b = heights(True)
+    assert a == pytest.approx(b) and heights(False)[1] == pytest.approx(7*heights(False)[0])
+
+
+def test_directions():
+    measured = {('d-a', 'pgd'): record(move=-3), ('d-a', 'fab'): record(move=2),
+                ('d-b', 'pgd'): record(move=2), ('d-b', 'fab'): record(n=30)}
+    by = {key: -m['delta_energy'].double().mean().item() for key, m in measured.items()}
+    assert directions(measured) == [
+        {'attack': 'PGD', 'expected': 'lowers', 'lowered in (nats)': f"a {by['d-a', 'pgd']:+.2f}",
+         'raised in (nats)': f"b {by['d-b', 'pgd']:+.2f}", 'open in (nats)': ''},
+        {'attack': 'FAB', 'expected': 'raises', 'lowered in (nats)': '',
+         'raised in (nats)': f"a {by['d-a', 'fab']:+.2f}",
+         'open in (nats)': f"b {by['d-b', 'fab']:+.2f}"}]
+    fig = plot_directions(measured)
+    assert [ax.get_title() for ax in fig.axes] == ['a', 'b']
+    drawn = [[line.get_xdata()[0] for line in ax.lines if line.get_marker() in '<>']
+             for ax in fig.axes]
+    assert drawn == [pytest.approx([-measured[f'd-{m}', a]['delta_energy'].mean().item()
+                                    for a in ('pgd', 'fab')]) for m in 'ab']
+
+
+def test_an_attack_that_moves_nothing_has_no_direction():
+    "Its images stay where they are: no spread, no interval, and a panel all the same"
+    still = record()
+    still |= {'energy_adv': still['energy_nat'], 'delta_energy': torch.zeros(400)}
+    row, = directions({('d-a', 'square'): still})
+    assert row['open in (nats)'].split()[0] == 'a'
+    plot_directions({('d-a', 'square'): still}).savefig(io.BytesIO())
 
 
 def test_labels_are_moved_apart():

@@ -6,10 +6,12 @@ Docs: https://weat-nb.github.io/weat_nb/landscapes.html.md"""
 
 # %% auto #0
 __all__ = ['KINDS', 'energy_record', 'fixed_steps', 'steps_record', 'attack_energies', 'steps_energies', 'between',
-           'plot_attack_histograms', 'plot_steps', 'plot_violins', 'tidy_energies', 'shift', 'attack_table']
+           'plot_attack_histograms', 'plot_steps', 'plot_violins', 'plot_directions', 'tidy_energies', 'shift',
+           'attack_table']
 
 # %% ../nbs/06_landscapes.ipynb #93f774ac
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,16 @@ from .arithmetic import exact_float32
 from .attack_rows import Attack, NamedAttack
 from .attacks import ATTACKS, attack, attack_label, parse_attack, random_targets
 from .checks import check_count, check_logits, refuse
-from .claims import auroc
+from .claims import auroc, directions
 from .data import ImageData
 from .energy import joint_energy, marginal_energy
 from .frozen import FrozenCopy
 from .guards import device_of
 from .kept_batches import batch_of, measure_batches
 from .pgd import ascent_loss, check_values, pgd_loop, starting_point
-from .plots import COLOURS, Table, short_name
+from .plots import COLOURS, Table, axes, short_name
 from .runs import Progress
+from .verdicts import mean_interval
 
 # %% ../nbs/06_landscapes.ipynb #88c2f984
 @torch.no_grad()
@@ -217,15 +220,17 @@ def plot_steps(
     "Mean energy against the number of steps, accuracy left (%) beside each point (Figs. A and B)"
     at = range(len(counts)) # evenly spaced: the counts grow about geometrically
     means = {label: s[kind].mean(1).tolist() for label, s in studies.items()}
-    lines = {}
+    lines, many = {}, len(studies) > 6
     for i, (label, s) in enumerate(studies.items()):
-        aside = .06*(i - (len(studies) - 1)/2)
+        aside = .06*(i - (len(studies) - 1)/2)*(not many)
+        left = [100*s['correct'][j].mean().item() for j in (0, -1)]
         lines[label] = ax.errorbar(
             [p + aside for p in at], means[label],
             yerr=s[kind].std(1, correction=0).tolist() if spread else None,
-            marker='o', markersize=4, lw=1.2, capsize=2, elinewidth=.7, label=label)
+            marker='o', markersize=4, lw=1.2, capsize=2, elinewidth=.7,
+            label=f'{label}, {left[0]:.0f} → {left[1]:.0f} %' if many else label)
     low, high = ax.get_ylim()
-    for j in at:
+    for j in at if not many else ():
         heights = _apart([m[j] for m in means.values()], (high - low)*.045)
         for height, (label, s) in zip(heights, studies.items()):
             ax.text(j + .14, height, f"{100*s['correct'][j].mean():.0f}", fontsize=7, va='center',
@@ -233,8 +238,15 @@ def plot_steps(
                     bbox=dict(facecolor='white', edgecolor='none', alpha=.7, pad=.4))
     ax.set_xticks(list(at), [str(c) for c in counts])
     ax.set(xlabel='attack steps', ylabel=f'{KINDS[kind]} (nats)', xlim=(-.3, len(counts) - .4))
-    ax.legend(framealpha=.8, edgecolor='none', fontsize=7)
+    below = dict(loc='upper center', bbox_to_anchor=(.5, -.14), ncols=2) if many else {}
+    ax.legend(framealpha=.8, edgecolor='none', fontsize=7, **below)
     return ax
+
+# %% ../nbs/06_landscapes.ipynb #c4eaae79
+def _broken(model:str)->str:
+    "A name in lines that fit below a violin"
+    return '\n'.join(part.replace('_', '\n') if len(part) > 9 else part
+                     for part in short_name(model).split('-'))
 
 # %% ../nbs/06_landscapes.ipynb #6e3219b9
 def plot_violins(
@@ -242,20 +254,51 @@ def plot_violins(
     kind:str, # "energy" or "joint"
     *,
     ax:Any, # where to draw
+    scaled:bool = False, # divide by the standard deviation of the natural energies
 )->Any: # the axes
     "Distribution of ΔE for each model, ordered by the accuracy that is left"
     order = sorted(records, key=lambda m: records[m]['correct_adv'].mean().item())
-    parts = ax.violinplot([records[m][f'delta_{kind}'].numpy() for m in order], widths=.85,
-                          showmedians=True, showextrema=False)
+    unit = [records[m][f'{kind}_nat'].std(correction=0).item() if scaled else 1 for m in order]
+    parts = ax.violinplot([records[m][f'delta_{kind}'].numpy()/u for m, u in zip(order, unit)],
+                          widths=.85, showmedians=True, showextrema=False)
     for body in parts['bodies']: body.set(facecolor=COLOURS['natural'], alpha=.55)
     parts['cmedians'].set(color='black', lw=1)
     ax.axhline(0, color='black', lw=.8, ls='--')
     ax.set_xticks(
         range(1, len(order) + 1),
-        [f"{short_name(m)}\n{100*records[m]['correct_adv'].mean():.1f} %".replace('-', '\n')
-         for m in order], fontsize=7)
-    ax.set_ylabel({'energy': r'$\Delta E(x)$ (nats)', 'joint': r'$\Delta E(x, y)$ (nats)'}[kind])
+        [f"{_broken(m)}\n{100*records[m]['correct_adv'].mean():.1f} %" for m in order],
+        fontsize=7 if len(order) < 7 else 6)
+    ax.set_ylabel(rf'$\Delta$ {KINDS[kind]} {"/ sd" if scaled else "(nats)"}')
     return ax
+
+# %% ../nbs/06_landscapes.ipynb #650c31ad
+def plot_directions(
+    measured:dict[tuple[str, str], dict[str, Tensor]], # (model, attack) -> its `energy_record`
+    *,
+    ncols:int = 4, # panels in a row
+)->Any: # the figure
+    "How far each attack moves E(x) in each model, in nats; every panel has its own scale"
+    models, names = ([*dict.fromkeys(key[k] for key in measured)] for k in (0, 1))
+    expected = [row['expected'] for row in directions(measured)]
+    marks = {'lowers': ('<', COLOURS['natural']), 'raises': ('>', COLOURS['attacked']),
+             None: ('o', COLOURS['other'])}
+    ncols = min(ncols, len(models))
+    fig, panels = axes(ncols, rows=-(-len(models)//ncols), width=2.6, height=.9 + .19*len(names))
+    for ax, model in zip(panels, models):
+        for i, name in enumerate(names):
+            found = mean_interval(-measured[model, name]['delta_energy'])
+            marker, colour = marks[expected[i]]
+            if found.low > -inf: ax.plot([found.low, found.high], [i, i], color=colour, lw=1.2)
+            ax.plot(found.estimate, i, marker, color=colour, markersize=5)
+        ax.axvline(0, color='black', lw=.8, ls='--')
+        ax.set_yticks(range(len(names)), [attack_label(n) for n in names] if ax in panels[::ncols]
+                      else ['']*len(names), fontsize=8)
+        ax.invert_yaxis()
+        ax.locator_params(axis='x', nbins=4)
+        ax.set_title(short_name(model), fontsize=9)
+    for ax in panels[:len(models)]: ax.set_xlabel('$E(x^*) - E(x)$ (nats)', fontsize=8)
+    for ax in panels[len(models):]: ax.axis('off')
+    return fig
 
 # %% ../nbs/06_landscapes.ipynb #7f12924a
 def tidy_energies(
