@@ -194,15 +194,17 @@ def test_attacks(name):
     assert x_adv.is_cuda and x_adv.isfinite().all()
 
 
-def test_evaluate(tmp_path):
+@pytest.mark.parametrize('search', ['float32', 'tf32', 'bf16'])
+def test_evaluate(search, tmp_path):
     "An image that it is right at falls at once: the rest of AutoAttack would take a minute"
     model, data, attacks = net(), pictures(6), ('clean', 'pgd-2', 'cw', 'autoattack')
     with torch.no_grad():
         model[0].weight *= 30
         right = model.eval()(data.images.to('cuda')/255).argmax(1).cpu()
-    how = dict(eps=.5, step_size=.2, show=False, folder=tmp_path/'batches')
+    how = dict(eps=.5, step_size=.2, show=False, folder=tmp_path/'batches', search=search)
     table = evaluate(model, replace(data, labels=right), attacks, **how)
     assert 'Pretended GPU' in table.record['hardware']
+    assert table.record.get('search', 'float32') == search
     again = evaluate(model, replace(data, labels=right), attacks, **how)
     for name in attacks: assert torch.equal(table.correct[name], again.correct[name])
 

@@ -234,7 +234,7 @@ def test_what_a_row_needs_is_asked_first(attacks, classes, says, monkeypatch):
 
 @pytest.mark.parametrize('change, says', [
     (dict(name='pgd-2'), 'no number of steps'), (dict(name='a b'), 'name of an attack'),
-    (dict(name='cw'), 'none of clean, cw, autoattack'), (dict(energy='up'), "'lowers' or"),
+    (dict(name='cw'), 'none of clean, cw, quick, autoattack'), (dict(energy='up'), "'lowers' or"),
     (dict(ball='l2'), "'linf' or None"), (dict(steps=0), 'steps = 0'), (dict(norm='l1'), 'norm'),
     (dict(min_classes='2 or more'), 'min_classes'), (dict(fixed_steps=True), 'loss of attack')])
 def test_a_wrong_row_is_refused(change, says):

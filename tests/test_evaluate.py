@@ -26,7 +26,7 @@ from weat_nb.attack_batch import attack_batch
 from weat_nb.checkpoints import save_checkpoint
 from weat_nb.config import from_protocol
 from weat_nb.data import ImageData, load_dataset, to_float
-from weat_nb.evaluate import EvaluationWarning, evaluate
+from weat_nb.evaluate import EvaluationWarning, attack_passes, evaluate
 from weat_nb.hardware import hardware
 from weat_nb.losses import OBJECTIVES
 from weat_nb.models import create_model
@@ -100,10 +100,21 @@ def test_autoattack_is_pyautoattacks(short, batch_size, seed):
     assert len(set(result['after'].values())) > 2
 
 
+def counted(passes):
+    "`attack_batch`, which notes the passes of each part"
+    def call(part, net, *a, **how):
+        passes[part] = -net.progress.count
+        out = attack_batch(part, net, *a, **how)
+        passes[part] += net.progress.count
+        return out
+    return call
+
+
 @pytest.mark.slow
-def test_whole_autoattack():
+def test_whole_autoattack(monkeypatch):
     """At its full length, on four images: wrong from the beginning, broken by APGD on CE, broken by
     the targeted APGD, and one that FAB and Square do not break either"""
+    monkeypatch.setattr('weat_nb.evaluate.attack_batch', counted(passes := {}))
     torch.manual_seed(0)
     # its cost is that of 15,000 calls, not of arithmetic
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).eval()
@@ -114,6 +125,8 @@ def test_whole_autoattack():
     assert (here.record['results'][1]['after'] == {
                 'clean': 75, 'apgd-ce': 50, 'apgd-t': 25, 'fab-t': 25, 'square': 25}
             and after == ['50.00', '25.00', '25.00', '25.00'])
+    said = attack_passes('autoattack')
+    assert all(passes[part] == said[part] for part in ('fab-t', 'square')) # of the last image
 
 
 def test_pgd_is_pgd():
@@ -1309,7 +1322,8 @@ def test_a_damaged_batch_is_refused_by_its_file(tmp_path, survived):
 # Outcomes of images
 
 def test_every_published_number_is_derived_again_from_its_images():
-    folders, derived = (results.parent/'records', results.parent/'attacks'), 0
+    derived, folders = 0, [results.parent/name for name in
+                           ('records', 'attacks', 'pixel_range', 'searches')]
     for path in (p for folder in folders for p in folder.glob('*.json')):
         outcomes, record = read_outcomes(path), read_record(path)
         assert set(outcomes) == {name for r in record['results']

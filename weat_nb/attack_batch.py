@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arithmetic import arithmetic
 from .attack_rows import NamedAttack
 from .guards import defaults, kept_rng
 from .pgd import starting_noise
@@ -66,28 +67,52 @@ def _clean(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor)->dict[str, Any]
 
 # %% ../nbs/parts/attack_batch.ipynb #f60fe4d9
 def _autoattack(part:str, model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, eps:float,
-                seed:int)->dict[str, Any]:
-    "A part of AutoAttack, as pyautoattack runs it"
+                seed:int)->tuple[Tensor, list[str]]:
+    "x* by a part of AutoAttack, as pyautoattack runs it, and what it warns of"
     from pyautoattack import AutoAttack
     run = AutoAttack(model, device=x.device, eps=eps, norm='Linf', seed=seed, version='standard')
     run.attacks_to_run = [part]
     with _logged(run.logger) as notes, kept_rng():
-        _, y_adv = run.run_standard_evaluation(x, y, batch_size=len(x))
+        x_adv, _ = run.run_standard_evaluation(x, y, batch_size=len(x))
     # zero gradients are counted in `clean`
-    return dict(broken=y_adv != y, notes=[n for n in notes if 'zero gradient' not in n])
+    return x_adv, [n for n in notes if 'zero gradient' not in n]
 
 # %% ../nbs/parts/attack_batch.ipynb #cf05b86c
 def _row(named:NamedAttack, model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, indices:Tensor,
-         settings:Mapping[str, Any], seed:int)->dict[str, Any]:
-    "A row of `ATTACKS`; where it has no ball, with the distance of each success"
+         settings:Mapping[str, Any], seed:int)->Tensor:
+    "x* by a row of `ATTACKS`"
     eps, options = settings['eps'], {**{k: settings[k] for k in ('step_size', 'start')
                                         if k in settings}, **named.options}
     if options.get('start') in ('uniform', 'gaussian'):
         noise = _own_noise(options['start'], indices, x.shape[1:], eps, seed)
         options['start'] = x + noise.to(x)
-    x_adv = named.row.run(model, x.clone(memory_format=torch.contiguous_format), y, eps=eps,
-                          steps=named.count, seed=_own_seed(seed, int(indices[0])), **options)
-    with torch.no_grad(): wrong = model(x_adv).argmax(1) != y
+    return named.row.run(model, x.clone(memory_format=torch.contiguous_format), y, eps=eps,
+                         steps=named.count, seed=_own_seed(seed, int(indices[0])), **options)
+
+# %% ../nbs/parts/attack_batch.ipynb #f9a32046
+@torch.no_grad()
+def _wrong(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor)->Tensor:
+    "(B,) which images are misclassified"
+    return model(x).argmax(1) != y
+
+def _confirmed(find:Callable[..., tuple[Tensor, list[str]]], model:Callable[[Tensor], Tensor],
+               search:Callable[[Tensor], Tensor], precision:str, x:Tensor, y:Tensor,
+               )->tuple[Tensor, Tensor, list[str]]: # x*, which are misclassified, warnings
+    "An attack on `search`, and on the model where `search` alone is wrong; the model decides"
+    with arithmetic(precision):
+        x_adv, notes = find(search, torch.arange(len(x), device=x.device))
+        thought = _wrong(search, x_adv, y)
+    wrong = _wrong(model, x_adv, y)
+    again = (thought & ~wrong).nonzero().flatten()
+    if len(again):
+        x_adv[again], more = find(model, again)
+        wrong[again] = _wrong(model, x_adv[again], y[again])
+        notes += more
+    return x_adv, wrong, notes
+
+# %% ../nbs/parts/attack_batch.ipynb #c267e7e6
+def _within(named:NamedAttack, x:Tensor, x_adv:Tensor, wrong:Tensor, eps:float)->dict[str, Any]:
+    "What of it counts; where the row has no ball, with the distance of each success"
     if named.row.ball: return dict(broken=wrong)
     delta = (x_adv - x).flatten(1)
     far = delta.abs().amax(1)
@@ -98,8 +123,8 @@ def _row(named:NamedAttack, model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor
 # %% ../nbs/parts/attack_batch.ipynb #d2cee0d7
 @defaults(torch.float32, 'cpu')
 def attack_batch(
-    part:str, # clean, pgd, cw, row, or a part of AutoAttack
-    model:Callable[[Tensor], Tensor], # logits of images, in evaluation mode
+    part:str, # clean, pgd, cw, quick, row, or a part of AutoAttack
+    model:Callable[[Tensor], Tensor], # logits of images, in evaluation mode; it decides
     x:Tensor, # (B, C, H, W) natural images in [0, 1]
     y:Tensor, # (B,) labels
     indices:Tensor, # (B,) indices of the images in the data set
@@ -107,8 +132,19 @@ def attack_batch(
     settings:Mapping[str, Any], # of the attack, as they are recorded
     seed:int, # of the evaluation
     named:NamedAttack|None = None, # the row, with its options; None: clean or AutoAttack
+    # the model in the arithmetic that `precision` names, which attacks see in its place
+    search:Callable[[Tensor], Tensor]|None = None,
+    precision:str = 'float32', # of `search`: one of `PRECISIONS`
 )->dict[str, Any]: # broken: (B,) misclassified now; and what else is worth keeping
     "Which images of a batch are misclassified; `FloatingPointError` where logits are not finite"
     if part == 'clean': return _clean(model, x, y)
-    if named is None: return _autoattack(part, model, x, y, settings['eps'], seed)
-    return _row(named, model, x, y, indices, settings, seed)
+    def find(net:Callable[[Tensor], Tensor], some:Tensor)->tuple[Tensor, list[str]]:
+        if named is None: return _autoattack(part, net, x[some], y[some], settings['eps'], seed)
+        return _row(named, net, x[some], y[some], indices[some.cpu()], settings, seed), []
+    if search:
+        x_adv, wrong, notes = _confirmed(find, model, search, precision, x, y)
+    else:
+        x_adv, notes = find(model, torch.arange(len(x), device=x.device))
+        wrong = _wrong(model, x_adv, y)
+    if named is None: return dict(broken=wrong, notes=notes)
+    return _within(named, x, x_adv, wrong, settings['eps'])

@@ -19,7 +19,7 @@ from .checks import check_name, check_number, refuse
 # names beside the rows, with the row and the options that they stand for, where there is one
 PRESETS:dict[str, tuple[str, dict[str, Any]]|None] = {
     "clean": None, "cw": ("cw-linf", dict(initial_const=1., largest_const=1.1)),
-    "autoattack": None}
+    "quick": ("smooth", dict(strict=False)), "autoattack": None}
 
 # %% ../nbs/parts/attack_names.ipynb #a6af0a6f
 def _shown(value:Any)->str:

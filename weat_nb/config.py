@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from .checks import check_count, check_number, refuse
+from .arithmetic import check_arithmetic
+from .checks import check_count, check_number
 from .data import DatasetSpec, dataset_identity, dataset_spec, is_own_dataset
 from .frozen import check_compiler
 from .losses import OBJECTIVES, Objective, get_objective, with_weights
@@ -115,9 +116,7 @@ class TrainConfig:
             raise ValueError(f'aux_fraction = {self.aux_fraction:g} needs aux_data, '
                              'an .npz file of synthesised images')
         object.__setattr__(self, 'device', resolve_device(self.device))
-        if self.precision == 'tf32' and self.device != 'cuda':
-            refuse('precision', 'tf32', f'float32 or bf16 on {self.device}; TF32 is an arithmetic '
-                   'of CUDA devices')
+        if self.precision is not None: check_arithmetic('precision', self.precision, self.device)
         if self.compile: check_compiler(self.device)
         bf16 = self.device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
         defaults['precision'] = 'bf16' if bf16 and not self.released else 'float32'

@@ -12,8 +12,8 @@ import hashlib
 import importlib
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .arithmetic import exact_float32
+from .arithmetic import check_arithmetic
 from .attack_batch import attack_batch
 from .attack_rows import Attack, NamedAttack
+from .attacked_model import AttackedModel, measuring, search_copy
 from .attacks import parse_attack, parse_attacks
-from .checks import as_float32, as_path, check_count, check_path, in_words, refuse
+from .checks import as_path, check_count, check_path, in_words, refuse
 from .config import from_protocol
 from .data import ImageData, to_float
-from .guards import (GradientMaskingWarning, defaults, device_of, eval_mode, passes_of,
-                            unwrap)
+from .guards import device_of, unwrap
 from .hardware import hardware, software
 from .kept_batches import KeptBatches, batch_of, hold_batches, measured_by
 from .outcomes import empty_outcomes, outcome_numbers, save_record
@@ -47,7 +47,7 @@ from .tensors import tensors_sha256
 # %% ../nbs/09_evaluate.ipynb #9d2bbe9f
 _PRESETS = ('clean', 'autoattack') # which are no rows of `ATTACKS`
 # forward passes of an image that holds, by the parts of AutoAttack
-_PASSES = dict(zip(AUTOATTACK, (210, 1850, 2750, 5010), strict=True))
+_PASSES = dict(zip(AUTOATTACK, (213, 1838, 2738, 5013), strict=True))
 _BATCH_SIZES = dict(cuda=2048, mps=250) # images at a time; a CPU takes 50
 
 def _version(package:str)->str:
@@ -72,7 +72,7 @@ def _settings(name:str, named:NamedAttack|None, eps:float, step_size:float)->dic
         return dict(norm='linf', eps=eps, version='standard', parts=AUTOATTACK,
                     pyautoattack=version('pyautoattack'))
     row, steps, given = named.row, named.count, _open_options(named, step_size)
-    if named.preset:
+    if named.preset == 'cw':
         return dict(norm=row.norm, eps=eps, loss=named.known, steps=steps, **named.options)
     if name == f'pgd-{steps}':
         return dict(norm=row.norm, eps=eps, loss='ce', start=given['start'], steps=steps,
@@ -88,13 +88,15 @@ class _Job:
     name:str # as it is recorded
     named:NamedAttack|None # None: clean or AutoAttack
     settings:dict[str, Any] # as they are recorded, `num_images` first
+    search:dict[str, str] # its arithmetic, where that is another than float32
 
     @property
     def count(self)->int: return self.settings['num_images']
 
     @property
     def parts(self)->dict[str, int]: # with what each costs an image that holds, in forward passes
-        return _parts(self.name, self.named)
+        look = bool(self.search) # of the copy at x*
+        return {part: cost + look for part, cost in _parts(self.name, self.named).items()}
 
     @property
     def work(self)->int: return sum(self.parts.values())
@@ -112,31 +114,9 @@ def attack_passes(
     (recorded, named), = parse_attacks([name], presets=_PRESETS).items()
     return _parts(recorded, named)
 
-# %% ../nbs/09_evaluate.ipynb #07006474
-class _Counted:
-    "The network as attacks see it: passes are counted, and what is not finite is remembered"
-    def __init__(self, network:nn.Module, device:torch.device, progress:Progress):
-        self.network, self.device, self.progress = network, device, progress
-        # which a model may go by
-        self.callers = torch.get_default_dtype(), torch.get_default_device()
-        # asked once a batch: a GPU is not made to wait in every step
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
-
-    def __call__(self, x:Tensor)->Tensor:
-        self.progress.step(by=passes_of(x))
-        with defaults(*self.callers): out = as_float32(self.network(x))
-        self.finite.logical_and_(out.detach().isfinite().all())
-        return out
-
-    def check(self, part:str)->None:
-        if not self.finite:
-            raise FloatingPointError(
-                f"the model's logits are NaN or infinite at images that {part} tried: what they "
-                'are worth as answers is not known, so no accuracy is given')
-
 # %% ../nbs/09_evaluate.ipynb #f05a0134
-def _attack(job:_Job, kept:KeptBatches, clean:Tensor, logits:_Counted, data:ImageData, seed:int,
-            later:Callable[[Tensor], int])->dict[str, Tensor]:
+def _attack(job:_Job, kept:KeptBatches, clean:Tensor, logits:AttackedModel, data:ImageData,
+            seed:int, later:Callable[[Tensor], int])->dict[str, Tensor]:
     "Outcomes under one attack; `clean` (N,) is -1 where an image is misclassified without it"
     out = empty_outcomes(job.name, job.settings, job.count)
     outcome, costs = out[job.name].copy_(clean), list(job.parts.items())
@@ -148,7 +128,8 @@ def _attack(job:_Job, kept:KeptBatches, clean:Tensor, logits:_Counted, data:Imag
             ahead = cost*int(left[indices[0]:].sum()) + after*int(left.sum()) + later(left)
             logits.progress.aim(ahead, f'{what} on {len(left)} images, {int(left.sum())} hold')
             found = attack_batch(part, logits, x, y, indices, settings=job.settings, seed=seed,
-                                 named=job.named)
+                                 named=job.named, search=logits.search,
+                                 precision=logits.precision)
             logits.check(what)
             return found
         hold = (outcome == 0).nonzero().flatten()
@@ -159,7 +140,7 @@ def _attack(job:_Job, kept:KeptBatches, clean:Tensor, logits:_Counted, data:Imag
     return out
 
 # %% ../nbs/09_evaluate.ipynb #d6c35417
-def _attack_all(jobs:Sequence[_Job], kept:Mapping[str, KeptBatches], logits:_Counted,
+def _attack_all(jobs:Sequence[_Job], kept:Mapping[str, KeptBatches], logits:AttackedModel,
                 data:ImageData, seed:int, batch_size:int|None,
                 )->tuple[list[dict[str, Any]], dict[str, Tensor]]:
     "Results of all attacks, and the outcome of each image under each"
@@ -194,7 +175,8 @@ def _said(record:Mapping[str, Any])->dict[str, Any]:
     "What an evaluation says, but for what every run has anew"
     results = {r['attack']: {k: v for k, v in r.items() if k != 'seconds'}
                for r in record['results']}
-    return {**record['data'], **record['model'], 'seed': record['seed'], **results}
+    return {**record['data'], **record['model'], 'seed': record['seed'],
+            'search': record.get('search', 'float32'), **results}
 
 
 # %% ../nbs/09_evaluate.ipynb #61d23af5
@@ -238,6 +220,8 @@ def evaluate(
     step_size:float|None = None, # of PGD; None: the data set's protocol
     seed:int = 0, # of all randomness
     batch_size:int|None = None, # images at a time; None: found
+    # arithmetic of attacks, one of `PRECISIONS`; float32 decides whatever it is
+    search:str = 'float32',
     split:str = 'test', # of the data set, for the record
     about:Mapping[str, Any]|None = None, # known of the model, for the record: name, training, ...
     show:bool = True, # draw a progress bar
@@ -250,23 +234,25 @@ def evaluate(
     if batch_size is not None: batch_size = check_count('batch_size', batch_size)
     place = None if folder is None else check_path('folder', folder, 'new folder')
     _check(model, data, named)
-    jobs = [_Job(name, n, dict(num_images=counts[name], **_settings(name, n, **radii)))
-            for name, n in named.items()]
     network, device = unwrap(model), device_of(model) # the wrappers only say how it is computed
+    search = check_arithmetic('search', search, device.type)
+    jobs = [_Job(name, n, dict(num_images=counts[name], **_settings(name, n, **radii)),
+                 {} if 'float32' == search or name == 'clean' else dict(search=search))
+            for name, n in named.items()]
     identity = dict(measured_by(model), dataset=data.name, split=split, seed=seed,
                     images_sha256=data.sha256())
-    record = _record(network, about, identity, device)
+    record = _record(network, about, {**identity, **jobs[-1].search}, device)
     progress = Progress(sum(job.count*job.work for job in jobs), 'evaluation', show=show)
     # eval() may merge or replace weights: inside, they are put back as it has left them
-    with (torch.inference_mode(False), as_it_was(model), _measuring(model, device),
+    with (torch.inference_mode(False), as_it_was(model), measuring(model, device),
           as_it_was(model) as put_back, ExitStack() as stack):
-        logits = _Counted(network, device, progress)
-        probe = Probe(network, to_float(data.images[:8]).to(device), data)
+        probe = Probe(network, few := to_float(data.images[:8]).to(device), data)
         stack.enter_context(hold_batches(place))
         kept = {job.name: KeptBatches(place and place/_folder(job.name),
-                                      {**identity, **job.settings}) for job in jobs}
+                                      {**identity, **job.settings, **job.search}) for job in jobs}
         found = [*probe.look(), *moved_in_words(put_back())]
         for text in found: warnings.warn(text, EvaluationWarning, stacklevel=2)
+        logits = AttackedModel(network, device, progress, search_copy(network, few, search), search)
         results, outcomes = _attack_all(jobs, kept, logits, data, seed, batch_size)
         late = [text for text in (*probe.look_again(), *moved_in_words(put_back()))
                 if text.partition(':')[0] not in {said.partition(':')[0] for said in found}]
@@ -337,28 +323,6 @@ def _check_attack(name:str, named:NamedAttack|None, data:ImageData)->None:
                               'or leave it out of the attacks') from e
     if named is not None: named.check(to_float(data.images[:1]), data.num_classes)
 
-# %% ../nbs/09_evaluate.ipynb #29648157
-@contextmanager
-def _measuring(model:nn.Module, device:torch.device)->Iterator[None]:
-    """Evaluation mode, float32 without TF32 or autocast, the same kernels each time,
-    and no gradients of weights; all as before afterwards"""
-    trained, cudnn = [p for p in model.parameters() if p.requires_grad], torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    with ExitStack() as stack:
-        for context in (eval_mode(model), exact_float32(),
-                        torch.autocast(device.type, enabled=False),
-                        warnings.catch_warnings()):
-            stack.enter_context(context)
-        # zero gradients are counted once, over all images
-        warnings.simplefilter('ignore', GradientMaskingWarning)
-        try:
-            for p in trained: p.requires_grad_(False)
-            cudnn.deterministic, cudnn.benchmark = True, False
-            yield
-        finally:
-            for p in trained: p.requires_grad_(True)
-            cudnn.deterministic, cudnn.benchmark = before
-
 # %% ../nbs/09_evaluate.ipynb #edd366ff
 def _record(network:nn.Module, about:Mapping[str, Any]|None, identity:Mapping[str, Any],
             device:torch.device)->dict[str, Any]:
@@ -373,7 +337,8 @@ def _record(network:nn.Module, about:Mapping[str, Any]|None, identity:Mapping[st
             'config': {**config, 'arch': arch} if config else None,
             'weights_sha256': identity['weights_sha256']},
         data={k: identity[k] for k in ('dataset', 'split', 'images_sha256')},
-        seed=identity['seed'], results=[], warnings=[], versions=software(), device=device.type,
+        seed=identity['seed'], **{k: v for k, v in identity.items() if k == 'search'},
+        results=[], warnings=[], versions=software(), device=device.type,
         hardware=hardware(device), seconds=0.)
     check_record(record, results=False)
     return record

@@ -78,11 +78,11 @@ def _merged(one:Record, other:Record)->Record:
 
 # %% ../nbs/parts/record_tables.ipynb #1dcf0f88
 def _whole(records:Sequence[Record])->list[Record]:
-    "A model's evaluations in one ball as one record"
+    "A model's evaluations in one ball, searched in one arithmetic, as one record"
     found:dict[tuple, Record] = {}
     for i, record in enumerate(records):
         key = (record['data']['dataset'], record['data']['split'],
-               record['model'].get('weights_sha256', i), _ball(record)[0])
+               record['model'].get('weights_sha256', i), _ball(record)[0], record.get('search'))
         found[key] = _merged(found.get(key, {**record, 'results': []}), record)
     return list(found.values())
 
@@ -118,10 +118,12 @@ def _columns(records:Sequence[Record])->dict[str, str]: # attack -> heading
     return {a: _COLUMNS.get(a, a) for a in (*_COLUMNS, *sorted(run - {*_COLUMNS})) if a in run}
 
 def _data(record:Record, records:Sequence[Record])->str:
-    "Data set, split where it is not the test images, radius where the data set has several"
+    """Data set, split where it is not the test images, arithmetic of a search where it is not
+    float32, radius where the data set has several"""
     dataset, split, radius = record['data']['dataset'], record['data']['split'], _ball(record)[0]
     radii = {_ball(other)[0] for other in records if other['data']['dataset'] == dataset}
     text = dataset if split == 'test' else f'{dataset}, {split} images'
+    if fast := record.get('search'): text += f', searched in {fast}'
     return f'{text}, ε = {radius:.3g}' if radius and len(radii - {None}) > 1 else text
 
 # %% ../nbs/parts/record_tables.ipynb #51cfebf7
@@ -156,7 +158,7 @@ def measured_table(
     records = _whole(records)
     columns = _columns(records)
     groups = _alike(records, lambda r: [
-        r['data']['dataset'], r['data']['split'], r['model']['arch'], _ball(r),
+        r['data']['dataset'], r['data']['split'], r['model']['arch'], _ball(r), r.get('search'),
         _settings(r) or r['model']['name']])
     rows = [_measured_row(group, columns, records) for group in groups]
     settings = [_settings(group[0]) for group in groups]
@@ -196,9 +198,11 @@ def paper_numbers()->Table: # a row for each objective, a column for each data s
 
 # %% ../nbs/parts/record_tables.ipynb #c73960fe
 def _as_in_paper(record:Record)->bool:
-    "Trained by the paper's protocol on all images, evaluated on test images, both in its ball"
+    """Trained by the paper's protocol on all images, evaluated on test images in float32, both in
+    its ball"""
     return (_training(record).get('protocol', 'paper') == 'paper'
             and record['data']['split'] == 'test' and _training(record).get('num_train') is None
+            and 'search' not in record
             and all(eps is not None and abs(eps - 8/255) < 1e-6
                     for eps in (_training(record).get('eps'), _ball(record)[0])))
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .attack_names import attack_name
+from .attack_names import PRESETS, attack_name
 from .checks import refuse
 from .runs import read_json
 from .schema import (OBJECT, SHA256, TEXT, Field, as_json, check_fields, key_at, list_of,
@@ -66,6 +66,8 @@ def record_rows(
     "A record as the rows of a table"
     rows = []
     for r in record['results']:
+        fast = record.get('search') if r['attack'] != 'clean' else None
+        searched = f', searched in {fast}' if fast else ''
         named = {r['attack']: r['accuracy']}
         if 'accuracy_any_distance' in r:
             named[f"{r['attack']}, at any distance"] = r['accuracy_any_distance']
@@ -73,7 +75,7 @@ def record_rows(
             named.update({
                 'autoattack, before' if part == 'clean' else f'autoattack, after {part}': value
                 for part, value in r['after'].items()})
-        rows += [{'attack': name, 'images': r['num_images'], 'accuracy (%)': value,
+        rows += [{'attack': name + searched, 'images': r['num_images'], 'accuracy (%)': value,
                   'standard error': standard_error(value, r['num_images'])}
                  for name, value in named.items()]
     return rows
@@ -94,7 +96,8 @@ RECORD_SHAPE:dict[str, Any] = {
               'config?': or_null(OBJECT), 'epoch?': or_null(number(0)), 'source?': TEXT,
               'training?': or_null(OBJECT)},
     'data': {'dataset': TEXT, 'split': TEXT, 'images_sha256': SHA256},
-    'seed': _ANY_COUNT, 'warnings': list_of(TEXT), 'device': TEXT, 'hardware': TEXT,
+    'seed': _ANY_COUNT, 'search?': one_of('tf32', 'bf16'), 'warnings': list_of(TEXT),
+    'device': TEXT, 'hardware': TEXT,
     'versions': {'weat_nb': TEXT, 'python': TEXT, 'torch': TEXT}, 'seconds': _SECONDS,
     'results': _ATTACKS, 'outcomes_sha256?': SHA256,
 }
@@ -108,8 +111,8 @@ TRAINING_SHAPE:dict[str, Any] = {f'{key}?': or_null(field) for key, field in dic
 # of every attack
 RESULT_SHAPE:dict[str, Any] = {
     'attack': (lambda v: isinstance(v, str) and bool(re.fullmatch(
-        r'clean|cw|autoattack|[^\s,()=]+-[1-9]\d{0,8}(\([^\s()=][^\n]*\))?', v)),
-        'clean, cw, autoattack or an attack with its number of steps, such as pgd-20'),
+        r'clean|cw|quick|autoattack|[^\s,()=]+-[1-9]\d{0,8}(\([^\s()=][^\n]*\))?', v)),
+        'clean, cw, quick, autoattack or an attack with its steps, such as pgd-20'),
     'num_images': _COUNT, 'batch_size': _COUNT, 'accuracy': _PERCENT, 'standard_error': _PERCENT,
     'seconds': _SECONDS}
 
@@ -121,6 +124,9 @@ _OPTIONS:Field = (lambda v: isinstance(v, dict) and all(
 _BALL = {'norm': one_of('linf'), 'eps': _RADIUS}
 _NEAREST = {'accuracy_any_distance': _PERCENT, 'median_distance': or_null(number(0))}
 # and of each kind
+_ROW = {'row': TEXT, 'norm': one_of('linf', 'l2'), 'ball': one_of('linf', None), 'eps': _RADIUS,
+        'steps': _COUNT, 'options': _OPTIONS, 'step_size?': _RADIUS,
+        'start?': one_of('uniform', 'gaussian', 'none'), 'package?': TEXT}
 ATTACK_SHAPES:dict[str, dict[str, Any]] = {
     'clean': {'zero_gradients': _ANY_COUNT},
     'pgd': {**_BALL, 'loss': one_of('ce'), 'start': one_of('uniform'), 'steps': _COUNT,
@@ -131,9 +137,7 @@ ATTACK_SHAPES:dict[str, dict[str, Any]] = {
     'autoattack': {**_BALL, 'version': one_of('standard'), 'parts': object_of(_COUNT, AUTOATTACK),
                    'pyautoattack': TEXT, 'after': object_of(_PERCENT, ('clean', *AUTOATTACK)),
                    'notes': list_of(TEXT)},
-    'row': {'row': TEXT, 'norm': one_of('linf', 'l2'), 'ball': one_of('linf', None),
-            'eps': _RADIUS, 'steps': _COUNT, 'options': _OPTIONS, 'step_size?': _RADIUS,
-            'start?': one_of('uniform', 'gaussian', 'none'), 'package?': TEXT},
+    'quick': {**_ROW, **_BALL, 'ball': one_of('linf'), 'row': one_of('smooth')}, 'row': _ROW,
 }
 
 # %% ../nbs/parts/records.ipynb #bb86fe7d
@@ -178,6 +182,8 @@ def _check_numbers(r:Mapping[str, Any], clean:Mapping[str, Any], at:str, hint:st
     kind = _kind(r['attack'])
     if kind == 'pgd':
         demand(f"pgd-{r['steps']}" == r['attack'], 'steps', f"those of {r['attack']}")
+    if kind == 'quick' and (preset := PRESETS[kind]):
+        demand(r['options'] == preset[1], 'options', f'{preset[1]}, those of quick')
     if kind == 'row':
         name = attack_name(r['row'], r['steps'], r['options'])
         demand(r['attack'] == name, 'attack', f'{name}, of its row, steps and options')

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .autoattack import check_targets
-from .checks import as_float32, check_count, check_number, refuse
+from .checks import as_float32, check_count, check_name, check_number, refuse
 
 # %% ../nbs/parts/smoothed_relu.ipynb #f7648d8e
 class _SmoothedReLU(torch.autograd.Function):
@@ -106,14 +106,16 @@ def _not_compiled()->Iterator[None]:
 def relu_scales(
     model:Callable[[Tensor], Tensor], # logits (B, K) of images, in evaluation mode
     x:Tensor, # (B, C, H, W) images in [0, 1]
-)->Tensor: # (B, L) for each image and each call of a ReLU, in the order of the calls
-    "Mean absolute pre-activation of every ReLU; `ValueError` where none is seen"
+    strict:bool = True, # refuse a network of which no ReLU is seen
+)->Tensor|None: # (B, L) for each image and call of a ReLU, in the order of the calls; None: no ReLU
+    "Mean absolute pre-activation of every ReLU; `ValueError` where none is seen and `strict`"
     with SmoothedReLUs() as seen, torch.no_grad(): model(x)
     if not seen.scales:
+        if not strict: return None
         raise ValueError("the smooth attack changes the derivative of ReLUs, and this network "
                          "calls none that can be seen; scripted and traced code hides them. Give "
-                         "the network as it was before that, or smooth(high=0), which leaves "
-                         "derivatives alone, or apgd-t")
+                         "the network as it was before that, or smooth(strict=False), which "
+                         "then leaves derivatives alone, or apgd-t")
     return torch.stack([s if len(s) == len(x) else s.mean().expand(len(x))
                         for s in seen.scales], 1)
 
@@ -219,12 +221,12 @@ def _child(parent:_Starts, mate:_Starts, low:Tensor, high:Tensor,
 class _Search:
     "What the starts of a batch of images, all classified correctly, have in common"
     def __init__(self, model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, eps:float, steps:int,
-                 seed:int, low:float, high:float, rows:int):
+                 seed:int, low:float, high:float, rows:int, strict:bool):
         self.model, self.label, self.eps, self.steps, self.rows = model, y, eps, steps, rows
         self.low, self.high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
         self.generator = torch.Generator().manual_seed(seed)
         self.range = low, high
-        self.scales = relu_scales(model, x) if high else None
+        self.scales = relu_scales(model, x, strict) if high else None
         self.standing = torch.ones(len(x), dtype=torch.bool, device=x.device)
         self.found = x.clone()
 
@@ -307,6 +309,25 @@ def _smooth(search:_Search, aims:Tensor, restarts:int, generations:int, populati
         search.found[last.image[wrong]] = last.z[wrong]
     return search.found
 
+# %% ../nbs/parts/smoothed_relu.ipynb #547b5243
+_ORDERS = ("likeliest", "nearest")
+_SHORTLIST = 9 # likeliest classes, of which the nearest are chosen
+
+def _aims(model:Callable[[Tensor], Tensor], x:Tensor, y:Tensor, logits:Tensor, targets:int,
+          order:str, rows:int)->Tensor: # (B, targets)
+    "The classes to aim at; the nearest are those of the smallest linearised distance in ℓ∞"
+    most = targets if order == "likeliest" else min(max(targets, _SHORTLIST), logits.shape[1] - 1)
+    few = logits.scatter(1, y[:, None], -math.inf).topk(most, 1).indices
+    if order == "likeliest": return few
+    image, distance = torch.arange(len(x), device=x.device).repeat_interleave(most), []
+    for some in torch.arange(len(image), device=x.device).split(rows):
+        at = image[some]
+        grad, margin, _ = _gradient(model, x[at], few.flatten()[some], y[at], None)
+        slope = grad.abs().sum((1, 2, 3)).clamp(min=torch.finfo(grad.dtype).tiny)
+        distance.append(-margin/slope)
+    nearest = torch.cat(distance).view_as(few).topk(targets, 1, largest=False).indices
+    return few.gather(1, nearest)
+
 # %% ../nbs/parts/smoothed_relu.ipynb #7d663bd0
 def smooth(
     model:Callable[[Tensor], Tensor], # images -> logits (B, K), in evaluation mode
@@ -317,19 +338,23 @@ def smooth(
     steps:int = 100, # gradient steps of a start
     seed:int = 0, # of starts and temperatures
     restarts:int = 1, # starts towards each class
-    # number of classes aimed at, the likeliest first; None: 9, or K - 1 where that is less
+    # number of classes aimed at; None: 9, or K - 1 where that is less
     targets:int|None = None,
+    order:str = "likeliest", # which come first: "likeliest", or "nearest" by linearised distance
     generations:int = 0, # of the search among the best, after the starts
     population:int = 40, # images of it, for each image; at most as many as there were starts
     # range of the temperatures, in units of the mean |pre-activation| of a layer
     low:float = .003,
     high:float = .3, # 0: derivatives are left alone
+    strict:bool = True, # refuse a network without ReLUs; False: its derivatives are left alone
     rows:int|None = None, # images that the network is given at a time; None: 10 for each of x
 )->Tensor: # (B, C, H, W) an image in the ball that is misclassified; x where there was none
     "Descents with the ReLU's derivative smoothed, then a search among the best of them"
     steps, restarts = check_count("steps", steps), check_count("restarts", restarts)
     generations = check_count("generations", generations, 0)
     population = check_count("population", population)
+    order = check_name("order", order, _ORDERS)
+    if not isinstance(strict, bool): refuse("strict", strict, "True or False")
     high = check_number("high", high, low=0)
     low = check_number("low", low, above=0)
     if high and low > high: refuse("low", low, f"at most high, {high:g}")
@@ -338,9 +363,10 @@ def smooth(
     targets = check_targets(targets, logits.shape[1])
     out, right = x.clone(), logits.argmax(1) == y
     if not right.any(): return out
-    aims = logits[right].scatter(1, y[right, None], -math.inf).topk(targets, 1).indices
+    x, y, logits = x[right], y[right], logits[right]
     with _not_compiled():
-        search = _Search(model, x[right], y[right], eps, steps, seed, low, high, rows)
+        aims = _aims(model, x, y, logits, targets, order, rows)
+        search = _Search(model, x, y, eps, steps, seed, low, high, rows, strict)
         out[right] = _smooth(search, aims, restarts, generations, population)
     return out
 
@@ -351,9 +377,11 @@ def smooth_passes(
     targets:int = 9, # classes aimed at
     generations:int = 0, # of the search among the best
     population:int = 40, # images of it
+    order:str = "likeliest", # which classes come first
     high:float = .3, # of the temperatures; 0: derivatives are left alone
 )->int: # forward passes
     "Passes of `smooth` on an image that is never misclassified; a gradient counts as one more"
     starts = restarts*targets
     looks = 3 + bool(high) # at x, its ReLUs, the best image, x*
+    if order == "nearest": looks += 2*max(targets, _SHORTLIST)
     return (starts + generations*min(population, starts))*(2*steps + 1) + looks
