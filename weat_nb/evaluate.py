@@ -237,7 +237,7 @@ def evaluate(
     network, device = unwrap(model), device_of(model) # the wrappers only say how it is computed
     search = check_arithmetic('search', search, device.type)
     jobs = [_Job(name, n, dict(num_images=counts[name], **_settings(name, n, **radii)),
-                 {} if 'float32' == search or name == 'clean' else dict(search=search))
+                 {} if search == 'float32' or name == 'clean' else dict(search=search))
             for name, n in named.items()]
     identity = dict(measured_by(model), dataset=data.name, split=split, seed=seed,
                     images_sha256=data.sha256())

@@ -22,7 +22,7 @@ from .arithmetic import exact_float32
 from .attack_rows import Attack, NamedAttack
 from .attacks import ATTACKS, attack, attack_label, parse_attack, random_targets
 from .checks import check_count, check_logits, refuse
-from .claims import auroc, directions
+from .claims import auroc, rise, row_of
 from .data import ImageData
 from .energy import joint_energy, marginal_energy
 from .frozen import FrozenCopy
@@ -31,7 +31,6 @@ from .kept_batches import batch_of, measure_batches
 from .pgd import ascent_loss, check_values, pgd_loop, starting_point
 from .plots import COLOURS, Table, axes, short_name
 from .runs import Progress
-from .verdicts import mean_interval
 
 # %% ../nbs/06_landscapes.ipynb #88c2f984
 @torch.no_grad()
@@ -279,14 +278,14 @@ def plot_directions(
 )->Any: # the figure
     "How far each attack moves E(x) in each model, in nats; every panel has its own scale"
     models, names = ([*dict.fromkeys(key[k] for key in measured)] for k in (0, 1))
-    expected = [row['expected'] for row in directions(measured)]
+    expected = [row.energy if (row := row_of(name)) else None for name in names]
     marks = {'lowers': ('<', COLOURS['natural']), 'raises': ('>', COLOURS['attacked']),
              None: ('o', COLOURS['other'])}
     ncols = min(ncols, len(models))
     fig, panels = axes(ncols, rows=-(-len(models)//ncols), width=2.6, height=.9 + .19*len(names))
     for ax, model in zip(panels, models):
         for i, name in enumerate(names):
-            found = mean_interval(-measured[model, name]['delta_energy'])
+            found = rise(measured[model, name])
             marker, colour = marks[expected[i]]
             if found.low > -inf: ax.plot([found.low, found.high], [i, i], color=colour, lw=1.2)
             ax.plot(found.estimate, i, marker, color=colour, markersize=5)
