@@ -45,7 +45,7 @@ def train_it(folder): train.fit(CONFIG, folder/'run')
 def evaluate_it(folder):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)).eval()
-    found = evaluate.evaluate(model, epoch.load_dataset('fashion_mini', 'test')[:50],
+    found = evaluate.evaluate(model, epoch.load_dataset('fashion_mini', 'test')[:150],
                               ['clean', 'pgd-2'], folder/'batches', batch_size=1, show=False)
     (folder/'result.json').write_text(json.dumps({k: v.tolist() for k, v in found.correct.items()}))
 

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import weat_nb
-from weat_nb import (check, checkpoints, class_pca, data, dynamics, evaluate, fetch, generate, grid,
-                     ground_truth, kept_batches, landscapes, measure, outcomes, own, own_data,
-                     pictures, plots, pretrained, record_tables, records, runs, sweep_table,
-                     tensors, train, weight_files, weights)
+from weat_nb import (archive, check, checkpoints, class_pca, data, dynamics, evaluate, fetch,
+                     generate, grid, ground_truth, kept_batches, landscapes, measure, outcomes, own,
+                     own_data, pictures, plots, pretrained, record_tables, records, runs,
+                     sweep_table, tensors, train, weight_files, weights)
 from weat_nb.checks import as_path
 from weat_nb.config import TrainConfig
 from weat_nb.measure import snapshot_file
@@ -80,6 +80,8 @@ def test_home_wherever_a_path_is_taken(home, one_thread):
         for i in range(10): Image.fromarray(pixels[2*i + k]).save(home/'images'/name/f'{i}.png')
     (home/'n.ipynb').write_text(notebook([('parameters', 'seed: int = 0'), ('report', '1')]))
     (home/'g.yaml').write_text('notebook: ~/n.ipynb\ngrid: {seed: [0]}')
+    (home/'kept/run').mkdir(parents=True)
+    (home/'kept/run/status.json').write_text('{}')
     images = data.load_images('~/i.npz')
     there = lambda name: (home/name).exists()
     config = TrainConfig(
@@ -144,6 +146,7 @@ def test_home_wherever_a_path_is_taken(home, one_thread):
                           step_size=.1, friction=.5, folder='~/kd'),
             there('kd/00000-002.safetensors')),
         'grid.notebook_parameters.notebook': lambda: (grid.notebook_parameters('~/n.ipynb'),),
+        'archive.read_archive.folder': lambda: (archive.read_archive('~/kept'),),
         'grid.read_grid.path': lambda: (grid.read_grid('~/g.yaml'),),
         'grid.read_grid.out': lambda: (grid.read_grid('~/g.yaml', '~/o').runs[0].folder.parent
                                        == home/'o',),

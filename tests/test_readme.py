@@ -152,12 +152,14 @@ def check_papermill(words, monkeypatch):
     return notebook, given
 
 
-def check_sweep(words):
+def check_sweep(words, monkeypatch):
     from weat_nb.grid import read_grid
     from weat_nb.sweep import _check_command, _parser
     args = _parser().parse_args(words)
     _check_command(args)
-    assert read_grid(root/args.grid).runs
+    with monkeypatch.context() as there: # from where the files that a grid names are found
+        there.chdir(root)
+        assert read_grid(root/args.grid).runs
 
 
 def check_python(words):
@@ -212,7 +214,7 @@ def check(words, monkeypatch):
     "What can be said of a command without running it; one that is not known fails"
     tool, *rest = words
     if tool == 'papermill': check_papermill(rest, monkeypatch)
-    elif tool == 'weat-sweep': check_sweep(rest)
+    elif tool == 'weat-sweep': check_sweep(rest, monkeypatch)
     elif tool in ('python', 'python3'): check_python(rest)
     elif tool == 'pip': check_pip(rest)
     elif tool in ('pytest', 'ruff', 'mypy', 'jupyter', 'nbdev-export', 'nbdev-clean', 'nbdev-test',

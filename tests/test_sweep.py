@@ -16,9 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from weat_nb.archive import archive_run
 from weat_nb.grid import notebook_parameters, place, read_grid
-from weat_nb.job import execute, failure, finished, prepare
+from weat_nb.job import execute, failure, finished, prepare, where
 from weat_nb.outcomes import read_outcomes
 from weat_nb.params import Computed
 from weat_nb.schedule import share
@@ -101,6 +103,8 @@ def table(name='grid'):
     ('parameters: {value: 1}', 'grid = None is not allowed.*lists of their values'),
     ('grid: [{}]', 'grid 1 = {} is not allowed'),
     ('grid: {value: [1]}\nrecords: 3', 'records = 3'),
+    ('grid: {value: [1]}\narchive: 3', 'archive = 3'),
+    ('grid: {value: [1]}\narchive: toy.ipynb', 'archive = .*toy.ipynb'),
     ('grid: {value: [1]}\npages: none.ipynb', 'pages = .*none.ipynb'),
     ('grid: []\nparameters: 3', 'must be a mapping'),
     ('grid: {valeu: [1]}', "did you mean 'value'"),
@@ -275,6 +279,37 @@ def test_lists_and_home(sweep, tmp_path, monkeypatch):
     assert main(['~/grids/home.yaml', '--out', '~/out', '--dry-run']) == 0
 
 
+def test_a_run_that_the_archive_holds_is_finished_and_skipped(sweep, capsys, tmp_path):
+    file = sweep('grid: {value: [1, 2]}\narchive: kept/here')
+    one, two = read_grid(file).runs
+    for run, pgd in ((one, 30.), (two, 40.)):
+        folder = run.tasks[0].run_dir(run.folder)
+        folder.mkdir(parents=True)
+        (folder/'metrics.jsonl').write_text(json.dumps(dict(epoch=1, clean=50., pgd=pgd)))
+        for name, size in (('best.safetensors', 8), ('state.safetensors', 9)):
+            save_tensors(folder/name, dict(a=torch.zeros(size)),
+                         dict(metadata=dict(epoch=1)) if name == 'best.safetensors' else {})
+    (one.folder/'status.json').write_text(json.dumps(dict(done=[one.tasks[0].key()])))
+    archive_run(one)
+    archive_run(two) # not finished: nothing is kept of it
+    assert [p.name for p in (tmp_path/'kept/here').iterdir()] == [one.folder.name]
+    assert not list((tmp_path/'kept').rglob('state.safetensors'))
+    shutil.rmtree('runs')
+    assert main([file, '--dry-run']) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == ['finished', 'to'] and where(one) == one.kept()
+    row, = summarise_sweep([one])
+    assert (row['state'], row['held-out PGD-20 (%)']) == ('finished', 30.)
+    # what is asked for now is another evaluation
+    assert not finished(replace(one, tasks=(one.tasks[0], two.tasks[0])))
+    # a copy that was cut short counts for nothing, and is made again
+    (one.kept()/'status.json').unlink()
+    assert not finished(one)
+    # its folder may be called otherwise before the digest
+    one.kept().rename(one.kept().with_name(f'mine{one.folder.name[-9:]}'))
+    assert one.kept().name.startswith('mine')
+
+
 def test_a_run_is_what_it_computes(sweep):
     def folders(text): return [run.folder for run in read_grid(sweep(text)).runs]
     plain, = folders('grid: {value: [1]}')
@@ -339,7 +374,7 @@ def test_a_second_notebook_and_pages(sweep, tmp_path, capsys):
     first = sorted(p.stat().st_mtime_ns for p in Path('runs/grid').glob('*/toy.ipynb'))
     then = ('grid: {value: [3]}\n'
             'then: {notebook: later.ipynb, parameters: {checkpoint: "{run_dir}/pid"}}\n'
-            'records: records\npages: [page.ipynb, broken.ipynb]')
+            'archive: kept\nrecords: records\npages: [page.ipynb, broken.ipynb]')
     (tmp_path/'records').mkdir()
     assert main([sweep(then)]) == 1 # for the page that does not run
     # what was through stays so
@@ -356,6 +391,13 @@ def test_a_second_notebook_and_pages(sweep, tmp_path, capsys):
             and (tmp_path/'page.ipynb').read_text() != before)
     assert ((tmp_path/'broken.ipynb').read_text() == broken
             and 'no records' in capsys.readouterr().err)
+    # the archive alone is enough for all of it but the notebooks
+    row, text = table(), record.read_text()
+    for gone in ('runs', 'records'): shutil.rmtree(gone)
+    (tmp_path/'records').mkdir()
+    main([sweep(then)])
+    assert not list(Path('runs').rglob('toy.ipynb'))
+    assert table() == row and record.read_text() == text
 
 
 def alive(pid):

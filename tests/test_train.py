@@ -94,15 +94,17 @@ def test_a_restored_momentum_lies_as_its_weights(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('protocol, num_train', [
-    ('paper', 128), ('released', 80)]) # the second of 16
-def test_two_processes_train_as_one(protocol, num_train, tmp_path):
-    """Synchronised batch normalisation and shares of one batch: the same run up to rounding, which
-    training amplifies"""
-    config = TrainConfig(epochs=1, protocol=protocol, **{**LONGER, 'num_train': num_train})
+@pytest.mark.parametrize('objective, protocol, num_train, near', [
+    ('weat_adv', 'paper', 128, 1e-3), ('weat_adv', 'released', 80, 1e-3), # the second of 16
+    ('standard', 'released', 80, 1e-5)])
+def test_two_processes_train_as_one(objective, protocol, num_train, near, tmp_path):
+    """Synchronised batch normalisation and shares of one batch: the same run up to rounding. An
+    attack amplifies it: where a gradient rounds to 0 its sign moves a pixel by two steps"""
+    config = TrainConfig(epochs=1, objective=objective, protocol=protocol,
+                         **{**LONGER, 'num_train': num_train})
     one, two = [fit(config, tmp_path/name, num_processes=n, snapshots=[0, 1], snapshot_images=10)
                 for name, n in (('one', 1), ('two', 2))]
-    assert one.history[0]['loss'] == pytest.approx(two.history[0]['loss'], rel=1e-4)
+    assert one.history[0]['loss'] == pytest.approx(two.history[0]['loss'], rel=near)
     assert one.history[0]['energy_nat_mean'] == pytest.approx(
         two.history[0]['energy_nat_mean'], abs=1e-2)
     assert one.history[0]['updates'] == two.history[0]['updates'] == 2

@@ -302,6 +302,24 @@ def test_without_mirroring(small):
     for config in (plain, small(flip=True)): assert 0 < rising(config).sum() < 16
 
 
+def test_without_shifts(small):
+    "Neither cropped nor mirrored, the images are what they were, in another order"
+    plain = small()
+    assert run_name(small(crop=None)) == run_name(plain) and 'crop' not in plain.identity()
+    assert small(crop=False).identity() == {**plain.identity(), 'crop': False}
+    images = torch.randint(256, (16, 1, 8, 8), generator=torch.Generator().manual_seed(0),
+                           dtype=torch.uint8)
+    data = ImageData(images, torch.arange(16)%2, ('a', 'b'), 'noise')
+    def seen(config):
+        pairs = epoch_batches(data, None, config, torch.Generator().manual_seed(0))
+        return {tuple(x.mul(255).round().byte().flatten().tolist())
+                for batch, _ in pairs for x in batch}
+    there = {tuple(x.flatten().tolist()) for x in images}
+    assert seen(small(crop=False, flip=False)) == there
+    for config in (small(flip=False), small(crop=True, flip=False)):
+        assert len(seen(config) & there) < 16
+
+
 def test_a_config_is_what_it_was(recipe):
     config = recipe('# one')
     before = config.identity()

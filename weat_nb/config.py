@@ -90,7 +90,8 @@ class TrainConfig:
     num_val:int = _PROTOCOL # held-out images that select the model
     sync_batchnorm:bool = True # with several processes: normalise over the batches of all
     protocol:str = 'paper' # whom to follow where they differ: paper or released code
-    weights:str = 'raw' # WEAT's weights: as they are, or mean1: divided by their batch mean
+    weights:str = 'raw' # WEAT's weights: as they are, mean1: divided by their batch mean, or none
+    crop:bool|None = None # shift training images at random; None: as the data set has it
     flip:bool|None = None # mirror training images at random; None: as the data set has it
     average:float|None = None # decay of the average of the weights; None: no average
     recipe:str|None = None # function that changes how it is trained, as file.py:function
@@ -151,7 +152,8 @@ class TrainConfig:
 
     def augmentation(self)->dict[str, Any]: # arguments of `augment`
         "Crop and flips of the training images, as the data set has them or as is asked for"
-        return dict(pad=self.spec.pad, flip=self.spec.flip if self.flip is None else self.flip)
+        return dict(pad=0 if self.crop is False else self.spec.pad,
+                    flip=self.spec.flip if self.flip is None else self.flip)
 
     def aux_images(self)->int:
         "Synthesised images of a batch"

@@ -43,7 +43,7 @@ def notebook_parameters(
 # %% ../nbs/parts/grid.ipynb #20976526
 # where and how a run is computed, not what
 PLACE = ('device', 'root', 'num_processes', 'resume', 'run_dir', 'time_budget')
-_KEYS = ('notebook', 'parameters', 'grid', 'then', 'records', 'pages')
+_KEYS = ('notebook', 'parameters', 'grid', 'then', 'archive', 'records', 'pages')
 
 def place(
     given:dict[str, Any], # parameters of a run
@@ -79,6 +79,13 @@ class Run:
     "One run of a sweep"
     folder:Path # its own
     tasks:tuple[Task, ...] # the notebook, then the one that follows it
+    archive:Path|None = None # folder of what is kept of finished runs; None: there is none
+
+    def kept(self)->Path|None: # None: there is no archive
+        "Its folder in the archive, whatever that is called before its digest"
+        if self.archive is None: return None
+        name = self.folder.name
+        return next(iter(sorted(self.archive.glob(f'*{name[-9:]}'))), self.archive/name)
 
 @dataclass(frozen=True)
 class Grid:
@@ -181,8 +188,9 @@ def read_grid(
     "The runs that a file lists; whatever is wrong with it is an error here"
     path = check_path('grid', path, 'file')
     spec = _mapping(_read_yaml(path), str(path), _KEYS)
-    out, records = as_path(out or Path('runs')/path.stem).resolve(), spec.get('records')
-    if records is not None: records = _there(records, path, 'records', 'folder')
+    out = as_path(out or Path('runs')/path.stem).resolve()
+    archive, records = (None if spec.get(key) is None else _there(spec[key], path, key, kind)
+                        for key, kind in (('archive', 'new folder'), ('records', 'folder')))
     pages = spec.get('pages') or []
     notebook, pages = (_there(spec.get('notebook'), path),
                        [_there(p, path, 'pages') for p in
@@ -212,5 +220,5 @@ def read_grid(
         if digest in runs:
             raise ValueError(f'{path} lists one run twice: {json.dumps(task.given)} '
                              f'is the same as {json.dumps(runs[digest].tasks[0].given)}')
-        runs[digest] = Run(folder, tasks)
+        runs[digest] = Run(folder, tasks, archive)
     return Grid(list(runs.values()), records, pages)

@@ -146,7 +146,7 @@ def mail_trades_loss(
     return _reduce(_cross_entropy(z, y) + beta * weight * kl_divergence(z, z_adv), reduction)
 
 # %% ../nbs/03_losses.ipynb #39a2979d
-WEIGHTS = ("raw", "mean1")
+WEIGHTS = ("raw", "mean1", "none")
 
 def weat_loss(
     logits:Tensor, # (B, K) logits at x
@@ -155,7 +155,8 @@ def weat_loss(
     *,
     beta:float = 6., # price of the divergence; supplement A.3
     variant:str = "adv", # where the cross-entropy is taken: "adv" at x*, "nat" at x
-    weights:str = "raw", # "raw" as in Algorithm 1, or "mean1": divided by their mean over the batch
+    # "raw" as in Algorithm 1, "mean1": divided by their mean over the batch, or "none": all 1
+    weights:str = "raw",
     reduction:str = "mean", # "mean", "sum" or "none"
 )->Tensor: # a number, or (B,)
     r"""WEAT (Algorithm 1): $w\,\mathcal{L}_{CE} + \beta w\,\mathrm{KL}(p \Vert p^\star)$,
@@ -164,9 +165,10 @@ def weat_loss(
     check_name("variant", variant, ("adv", "nat"))
     check_name("weights", weights, WEIGHTS)
     z, z_adv = _inputs(y, logits=logits, logits_adv=logits_adv)
+    classify = _cross_entropy(z_adv if variant == "adv" else z, y)
+    if weights == "none": return _reduce(classify + beta * kl_divergence(z, z_adv), reduction)
     weight = energy_weight(marginal_energy(z.detach()))
     if weights == "mean1": weight = weight / all_mean(weight.mean()) # of all processes' shares
-    classify = _cross_entropy(z_adv if variant == "adv" else z, y)
     return _reduce(weight * classify + beta * weight * kl_divergence(z, z_adv), reduction)
 
 # %% ../nbs/03_losses.ipynb #a14699b7
@@ -277,7 +279,8 @@ def get_objective(
 # %% ../nbs/03_losses.ipynb #94547910
 def with_weights(
     row:Objective, # a training method
-    weights:str, # "raw", or "mean1": the weights of a batch divided by their mean
+    # "raw", "mean1": the weights of a batch divided by their mean, or "none": all 1
+    weights:str,
 )->Objective: # the method with these weights
     "A training method with other weights; one whose loss has no such option is an error"
     if weights == "raw": return row

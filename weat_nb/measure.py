@@ -91,8 +91,9 @@ def measure_energies(
 # %% ../nbs/parts/measure.ipynb #cc6dbd08
 def summarise(
     measured:dict[str, Tensor], # of `measure_energies`
-    # accuracies in percent; mean and standard deviation of the energies in nats; quantiles of the
-    # weights
+    # accuracies in percent; mean and standard deviation of the energies in nats; of the weights w
+    # their quantiles, the effective share of samples (Σw)²/(N Σw²), and the means over images that
+    # are classified correctly and wrongly, where there are any
 )->dict[str, float]:
     "The numbers of one line of metrics.jsonl"
     out = {'clean': measured['correct_nat'].double().mean().item()*100,
@@ -100,9 +101,12 @@ def summarise(
     for name in ('energy_nat', 'energy_adv', 'joint_nat', 'joint_adv', 'delta'):
         out[f'{name}_mean'], out[f'{name}_std'] = (measured[name].mean().item(),
                                                    measured[name].std(correction=0).item())
-    weights = energy_weight(measured['energy_nat'])
-    return {**out,
-            **{f'weight_q{q:02d}': weights.quantile(q/100).item() for q in (5, 25, 50, 75, 95)}}
+    weights, right = energy_weight(measured['energy_nat']), measured['correct_nat'] == 1
+    for q in (5, 25, 50, 75, 95): out[f'weight_q{q:02d}'] = weights.quantile(q/100).item()
+    out['effective_share'] = (weights.mean()**2/weights.square().mean()).item()
+    for name, which in (('right', right), ('wrong', ~right)):
+        if which.any(): out[f'weight_{name}'] = weights[which].mean().item()
+    return out
 
 # %% ../nbs/parts/measure.ipynb #50c9d758
 def snapshot_file(

@@ -18,10 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .archive import archive_run
 from .budget import EXIT_STOPPED, SIGNALS, Budget, check_duration, process_age
 from .checks import as_path, check_count, refuse
 from .grid import Grid, Run, read_grid
-from .job import failure, finished, prepare
+from .job import failure, finished, prepare, where
 from .runs import Progress, reading, write_text
 from .schedule import run_local, run_slurm
 from .sweep_table import write_summary
@@ -34,8 +35,8 @@ def collect_records(
     "Copy the records of the finished runs, with the outcomes beside them, under the runs' names"
     from weat_nb.outcomes import read_outcomes, save_record
     from weat_nb.records import read_record
-    for run in filter(finished, runs):
-        for file in run.folder.glob('*/record.json'):
+    for run, there in ((run, where(run)) for run in runs):
+        for file in there.glob('*/record.json') if there else ():
             record = read_record(file)
             # all checkpoints of a sweep have the same name
             record['model']['name'] = run.folder.name
@@ -113,7 +114,9 @@ def run_sweep(
     progress, failed = Progress(len(runs), 'runs', done=len(runs) - len(todo), show=bool(todo)), []
     def report(run:Run)->None:
         if failure(run): failed.append(run)
+        else: archive_run(run)
         progress.step(f'runs ({len(failed)} failed)' if failed else None)
+    for run in runs: archive_run(run)
     for run in todo: prepare(run)
     # only in the main thread can signals be handled
     main_thread = threading.current_thread() is threading.main_thread()

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from .checks import as_path
 from .grid import Run, place
-from .job import finished, status
+from .job import status, where
 from .runs import best_row, read_json, read_lines, reading, write_text
 
 # %% ../nbs/parts/sweep_table.ipynb #76f346d6
@@ -58,7 +58,7 @@ def scores(
 # %% ../nbs/parts/sweep_table.ipynb #64f0f6d8
 def _state(run:Run)->str:
     noted, folder = status(run.folder), run.tasks[0].run_dir(run.folder)
-    if finished(run): return 'finished'
+    if where(run): return 'finished'
     if 'error' in noted: return 'failed'
     if noted.get('done') or not (folder/'config.json').exists(): return 'not finished'
     of = read_json(folder/'config.json').get('epochs')
@@ -74,7 +74,8 @@ def summarise_sweep(
     for run in runs:
         given = run.tasks[0].given
         rows.append({**{k: v for k, v in given.items() if k not in place(given)},
-                     'state': _state(run), **scores(run.folder), 'run': run.folder.name})
+                     'state': _state(run), **scores(where(run) or run.folder),
+                     'run': run.folder.name})
     return rows
 
 # %% ../nbs/parts/sweep_table.ipynb #e1ffd760
