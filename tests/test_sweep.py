@@ -302,7 +302,7 @@ def test_a_run_that_the_archive_holds_is_finished_and_skipped(sweep, capsys, tmp
     assert (row['state'], row['held-out PGD-20 (%)']) == ('finished', 30.)
     # what is asked for now is another evaluation
     assert not finished(replace(one, tasks=(one.tasks[0], two.tasks[0])))
-    # a copy that was cut short counts for nothing, and is made again
+    # a copy that was cut short counts for nothing
     (one.kept()/'status.json').unlink()
     assert not finished(one)
     # its folder may be called otherwise before the digest
