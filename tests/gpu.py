@@ -19,6 +19,7 @@ from weat_nb.epoch import make_training, train_epoch
 from weat_nb.evaluate import evaluate
 from weat_nb.frozen import FrozenCopy
 from weat_nb.generate import STARTS, Start, class_energies, energy_guided, sgld
+from weat_nb.descent import EnergyDescent, measure_bare, measure_defended
 from weat_nb.landscapes import attack_energies, fixed_steps, steps_energies
 from weat_nb.losses import OBJECTIVES
 from weat_nb.measure import measure_energies
@@ -227,6 +228,14 @@ def test_landscapes():
     for name in fixed_steps(): steps_energies(model, data, name, (0, 2), eps=.1, step_size=.05)
     found = attack_energies(model, data, 'apgd', eps=.1, steps=2)
     assert all(len(v) == 12 and not v.is_cuda for v in found.values())
+
+
+def test_energy_descent():
+    defended, data = EnergyDescent(net(), alpha=.1, rho=.2, steps=2), pictures(6).to('cuda')
+    found = measure_defended(defended, data, eps=.1, num_images=6, passes=100, batch_size=3)
+    assert all(len(v) == 6 and not v.is_cuda for v in found.values())
+    bare = measure_bare(net(), data, eps=.1, num_images=6, passes=8, attacks=['pgd'])
+    assert not bare['robust'].is_cuda
 
 
 @pytest.mark.parametrize('name', STARTS)

@@ -29,7 +29,7 @@ def readme_from_index():
                 if 'image/png' in data:
                     path = f'nbs/images/{directive(source, "label").removeprefix("fig-")}.png'
                     pictures[path] = b64decode(''.join(data['image/png']))
-                    parts.append(f'![{directive(source, "fig-cap")}]({path})')
+                    parts.append(f'![{directive(source, "fig-alt")}]({path})')
                 elif 'text/markdown' in data: parts.append(''.join(data['text/markdown']))
                 else:
                     parts.append('\n'.join(

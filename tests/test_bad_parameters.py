@@ -16,7 +16,8 @@ root = Path(__file__).parent.parent
 PARAMETERS = '6 parameters' # of the table of faults
 NOTEBOOKS = [root/'nbs'/f'{name}.ipynb' for name in (
     '04_train_weat', '05_dynamics', '06_landscapes', '07_subsets', '08_generate', '09_evaluate',
-    '10_speed', '11_single_step', '12_scaling', '13_ground_truth', 'results/index')]
+    '10_speed', '11_single_step', '12_scaling', '13_ground_truth',
+    '14_test_time', 'results/index')]
 DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
 
 
@@ -270,6 +271,17 @@ RUBBISH = { # what is of the right type, and makes no sense
         (dict(bracket='clean'), "bracket = 'clean' is not allowed"),
         (dict(num_queries='every'), "num_queries = .every. is not allowed.*, or 'all'"),
         (dict(num_images=10_001), 'num_images = 10001 is not allowed.*10000 test images')],
+    '14_test_time': [
+        (dict(models='fashion_mini-sat'), "models = 'fashion_mini-sat' is not allowed.*"
+         "did you mean 'fashion_mini-sat-resnet8'"),
+        (dict(models=','), "models = ',' is not allowed.*one or more names"),
+        (dict(attacks='pgd-20'), "attacks = 'pgd-20' is not allowed.*passes decides it"),
+        (dict(attacks='pdg'), "attack = 'pdg' is not allowed.*did you mean 'pgd'"),
+        (dict(passes=5), 'passes.*too few for a step of pgd'),
+        (dict(alphas='0.5, x'), "alphas = 'x' is not allowed.*a number.*above 0"),
+        (dict(rhos='0'), "rhos = '0' is not allowed.*above 0"),
+        (dict(descents='1.5'), "descents = '1.5' is not allowed.*a whole number"),
+        (dict(num_images=10**5), 'num_images = 100000 is not.*fashion_mini has 2000 test images')],
     'index': [
         (dict(records='not/there'), "records = 'not/there' is not allowed.*a folder that is there"),
         (dict(records='file.txt'), "records = 'file.txt' is not allowed")],

@@ -86,6 +86,28 @@ def test_figures_have_captions(pages):
                     path.name, ''.join(c['source'])[:200])
 
 
+def test_options_of_cells_are_yaml(pages):
+    "Else Quarto drops them all: a backslash in double quotes is doubled"
+    for path, nb in pages.items():
+        for c in nb['cells']:
+            head = re.findall(r'^#\|\s*([\w-]+:\s.*)$', ''.join(c['source']), re.MULTILINE)
+            if c['cell_type'] == 'code' and head:
+                assert isinstance(yaml.safe_load('\n'.join(head)), dict), (path.name, head)
+
+
+def test_figures_are_described(pages):
+    "For those who do not see them: in words, without formulas, and not by the caption again"
+    for path, nb in pages.items():
+        for c in nb['cells']:
+            if not any('image/png' in o.get('data', {}) for o in c.get('outputs', [])): continue
+            source = ''.join(c['source'])
+            head = dict(re.findall(r'^#\|\s*([\w-]+):\s*"(.*)"$', source, re.MULTILINE))
+            text = head.get('fig-alt', '')
+            assert 60 <= len(text) <= 400 and not set(text) & set('$\\"'), (
+                path.name, text, source[:200])
+            assert text != head.get('fig-cap'), path.name
+
+
 def test_a_figure_is_one_image(pages):
     "Quarto gives a cell's caption to its first image; with fig-subcap it loses that of a lone one"
     for path, nb in pages.items():

@@ -31,7 +31,8 @@ PARAMETERS = {
     '12_scaling': dict(rounds=1, updates=1, batch_size=8, attack_steps=1,
                        batch_sizes='4,', steps='2,', widths='1,'),
     '13_ground_truth': dict(models='cifar10-adv-resnet2b, cifar10-standard-marabou_small',
-                            attacks='pgd-20, smooth', bracket='apgd', num_images=20)}
+                            attacks='pgd-20, smooth', bracket='apgd', num_images=20),
+    '14_test_time': dict(num_images=4, sweep_images=2, passes=60, alphas='1,', rhos='2,')}
 REAL = os.environ.get('WEAT_DATA') # as it was given to these tests
 
 

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import weat_nb
-from weat_nb import (archive, check, checkpoints, class_pca, data, dynamics, evaluate, fetch,
-                     generate, grid, ground_truth, kept_batches, landscapes, measure, outcomes, own,
-                     own_data, pictures, plots, pretrained, record_tables, records, runs,
-                     sweep_table, tensors, train, weight_files, weights)
+from weat_nb import (archive, check, checkpoints, class_pca, data, descent, dynamics, evaluate,
+                     fetch, generate, grid, ground_truth, kept_batches, landscapes, measure,
+                     outcomes, own, own_data, pictures, plots, pretrained, record_tables, records,
+                     runs, sweep_table, tensors, train, weight_files, weights)
 from weat_nb.checks import as_path
 from weat_nb.config import TrainConfig
 from weat_nb.measure import snapshot_file
@@ -132,6 +132,13 @@ def test_home_wherever_a_path_is_taken(home, one_thread):
         'ground_truth.ask.folder': lambda: (
             asked(model, [ground_truth.Query('x', 0, 0, .1, 'open')], 'pgd-1', images,
                   folder='~/kf'), there('kf/00000-001.safetensors')),
+        'descent.measure_bare.folder': lambda: (
+            descent.measure_bare(model, images, eps=.1, num_images=2, attacks=['pgd'], passes=4,
+                                 folder='~/da'), there('da/00000-002.safetensors')),
+        'descent.measure_defended.folder': lambda: (
+            descent.measure_defended(descent.EnergyDescent(model), images, eps=.1, num_images=2,
+                                     attacks=['pgd'], passes=40, folder='~/db'),
+            there('db/00000-002.safetensors')),
         'landscapes.attack_energies.folder': lambda: (
             landscapes.attack_energies(model, images, 'pgd', eps=.1, steps=1, folder='~/ka'),
             there('ka/00000-040.safetensors')),

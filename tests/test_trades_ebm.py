@@ -1,4 +1,4 @@
-"""Proposition 1 and Corollary 1 against 60-digit arithmetic,
+"""Proposition 1 and both corollaries against 60-digit arithmetic,
 and what the chapter's examples leave open."""
 
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from weat_nb.trades_ebm import kl_energy_terms, trades_energy
+from weat_nb.trades_ebm import energy_change_variance, kl_energy_terms, trades_energy
 
 
 def pair(B=64, K=10, dtype=torch.float64, scale=4.0, spread=2.0, seed=0):
@@ -42,6 +42,36 @@ def test_corollary_at_large_logits_against_60_digits(scale):
     want = [exact_trades(*row, 6) for row in zip(z.tolist(), z_adv.tolist(), y.tolist())]
     got = trades_energy(z, z_adv, y, 6)
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-9)
+
+
+def exact_variance(z, z_adv):
+    "Of the energy change over the classes of one image, and its gradient, in 60 digits"
+    with mpmath.workdps(60):
+        e, d = [mpmath.exp(v) for v in z], [mpmath.mpf(a) - b for a, b in zip(z, z_adv)]
+        q = [v / sum(e) for v in e]
+        away = [v - mpmath.fdot(q, d) for v in d]
+        return (float(mpmath.fdot(q, [v**2 for v in away])),
+                [float(2 * a * v) for a, v in zip(q, away)])
+
+
+@pytest.mark.parametrize("K", [2, 3, 10])
+def test_variance_and_its_gradient_against_60_digits(K):
+    z, z_adv, _ = pair(B=8, K=K)
+    want, gradient = zip(*(exact_variance(*row) for row in zip(z.tolist(), z_adv.tolist())))
+    got = energy_change_variance(z.requires_grad_(), z_adv)
+    close = dict(rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(got.detach(), torch.tensor(want, dtype=torch.float64), **close)
+    found, = torch.autograd.grad(got.sum(), z)
+    torch.testing.assert_close(found, torch.tensor(gradient, dtype=torch.float64), **close)
+
+
+def test_a_change_common_to_all_classes_is_no_variance():
+    z, z_adv, _ = pair(B=1000)
+    assert energy_change_variance(z, z + 7).max() < 1e-25
+    torch.testing.assert_close(energy_change_variance(z, z_adv + 7),
+                               energy_change_variance(z, z_adv), rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="must have the same shape"):
+        energy_change_variance(z, z_adv[:1])
 
 
 def test_terms_sum_to_a_divergence_that_is_zero_for_equal_predictions():
