@@ -1,4 +1,4 @@
-"""Proposition 1, two corollaries and the limit in which TRADES becomes SAT: proved, checked with symbols, measured.
+"""Proposition 1, two corollaries and the limit in which TRADES becomes SAT: proved and measured.
 
 Docs: https://weat-nb.github.io/weat_nb/trades_ebm.html.md"""
 
